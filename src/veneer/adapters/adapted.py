@@ -1,0 +1,84 @@
+"""The adapted model: the base model with the registry of everything that was put into it.
+
+PEFT calls this ``LoraModel``; it is what ``PeftModel.base_model`` is. Nothing here walks the module tree
+after the first adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from torch import nn
+
+from veneer.adapters.biases import BiasBank
+from veneer.adapters.index import ModuleIndex
+from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.saved import ModulesToSaveWrapper
+from veneer.core.config import PeftConfig
+from veneer.core.errors import UsageError, listed, nearest
+from veneer.core.records import MatchReport
+
+
+@final
+class AdaptedModel(nn.Module):
+    """A model, its adapted layers by path, its adapters by name, and which of them are active."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.index = ModuleIndex(model)
+        self.layers: dict[str, AdaptedLayer] = {}
+        self.saved: dict[str, ModulesToSaveWrapper] = {}
+        self.biases = BiasBank()
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.reports: dict[str, MatchReport] = {}
+        self.active_adapters: list[str] = []
+        self.enabled = True
+        self.trainable_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def layers_of(self, name: str) -> dict[str, AdaptedLayer]:
+        """The layers that an adapter is on."""
+        return {path: layer for path, layer in self.layers.items() if name in layer.specs}
+
+    def saved_of(self, name: str) -> dict[str, ModulesToSaveWrapper]:
+        """The modules that an adapter keeps a trained copy of."""
+        return {path: wrapper for path, wrapper in self.saved.items() if name in wrapper.modules_to_save}
+
+    def require(self, name: str) -> None:
+        """Check that an adapter is there.
+
+        Raises:
+            UsageError: it is not; the message names those that are.
+        """
+        if name not in self.peft_config:
+            have = f"there are: {listed(self.peft_config)}" if self.peft_config else "there is none"
+            raise UsageError(f"There is no adapter {name!r}; {have}.{nearest(name, self.peft_config)}")
+
+    def original(self, parameter: str) -> nn.Parameter:
+        """A parameter of the base by its name in the untouched model; a merged layer's is the one before."""
+        path, _, leaf = parameter.rpartition(".")
+        layer = self.layers.get(path)
+        if layer is not None and layer.unmerged is not None and leaf == "weight":
+            return layer.unmerged[0]
+        module = self.index.slots[path].module if path else self.model
+        found = module._parameters[leaf]
+        assert found is not None
+        return found
+
+    def hang(self, path: str, module: nn.Module) -> None:
+        """Put a module where the untouched model had one, at every place that holds it."""
+        for parent, attribute in self.index.slots[path].places:
+            parent._modules[attribute] = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if model is None or name.startswith("__"):
+                raise
+            return getattr(model, name)

@@ -1,0 +1,335 @@
+"""An adapter's folder, in PEFT's format: written whole, read strictly, tensors from safetensors only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.card import model_card
+from veneer.adapters.fingerprint import differs, fingerprint
+from veneer.adapters.targets import Selection, select
+from veneer.core.config import PeftConfig, read_json
+from veneer.core.disk import write_whole
+from veneer.core.errors import AdapterFileError, BaseMismatchWarning, UsageError, listed, nearest
+from veneer.core.hub import CONFIG_NAME, WEIGHTS_NAME, locate
+
+PREFIX = "base_model.model."
+PICKLE_NAME = "adapter_model.bin"
+_FINGERPRINT = "base_fingerprint"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as it was read from disk, not yet fitted to a model."""
+
+    source: str
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    """Keyed as in the file."""
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A file's tensors sorted to where they belong on one model."""
+
+    selection: Selection
+    factors: dict[str, dict[str, Tensor]]
+    """From layer path to tensors keyed as on disk."""
+    whole: dict[str, dict[str, Tensor]]
+    """From the path of a module saved whole to its state dict."""
+    biases: dict[str, Tensor]
+    """From the base's bias name to its trained value."""
+    embeddings: dict[str, Tensor]
+    """From the base's embedding weight name to the weight that the adapter was trained with."""
+
+
+def adapter_state(
+    adapted: AdaptedModel, name: str, *, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of an adapter, keyed as PEFT's files are.
+
+    Args:
+        adapted: the model.
+        name: the adapter.
+        state_dict: a full state dict to take values from, when the model's own are sharded; keyed as
+            ``PeftModel.state_dict()``.
+    """
+    own: dict[str, tuple[str, Tensor]] = {}
+    for path, layer in adapted.layers_of(name).items():
+        for key, tensor in layer.tensors(name).items():
+            container, _, leaf = key.partition(".")
+            memory = f"{path}.{container}.{name}" + (f".{leaf}" if leaf else "")
+            own[f"{path}.{key}"] = (memory, tensor)
+    for path, wrapper in adapted.saved_of(name).items():
+        for key, tensor in wrapper.modules_to_save[name].state_dict().items():
+            own[f"{path}.{key}"] = (f"{path}.modules_to_save.{name}.{key}", tensor)
+    if name in adapted.biases.trained:
+        for key, tensor in adapted.biases.values(name).items():
+            path, _, leaf = key.rpartition(".")
+            in_place = f"{path}.base_layer.{leaf}" if path in adapted.layers else key
+            own[in_place] = (in_place, tensor)
+    found = {}
+    for disk, (memory, tensor) in own.items():
+        if state_dict is not None:
+            full = state_dict.get(f"{PREFIX}{memory}")
+            if full is None:
+                raise AdapterFileError(f"The given state dict has no {PREFIX}{memory}; it must be the whole model's.")
+            tensor = full
+        found[f"{PREFIX}{disk}"] = tensor.detach()
+    return dict(sorted(found.items()))
+
+
+def save(
+    adapted: AdaptedModel,
+    name: str,
+    folder: Path,
+    *,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+    figures: Mapping[str, str] | None = None,
+) -> None:
+    """Write one adapter: weights, config and model card. An adapter that stood there is replaced as a whole.
+
+    Args:
+        adapted: the model.
+        name: the adapter.
+        folder: created when missing.
+        save_embedding_layers: also write the base's embeddings whole. "auto" does so only when the vocabulary
+            was resized, since then they are not those of the base.
+        state_dict: see ``adapter_state``.
+        figures: lines for the model card, e.g. a held-out loss.
+
+    Raises:
+        DiskError: the disk is full or not writable; what stood there before still stands.
+    """
+    config = adapted.peft_config[name]
+    tensors = adapter_state(adapted, name, state_dict=state_dict)
+    embeddings = _embeddings_to_save(adapted, config, save_embedding_layers)
+    for path, weight in embeddings.items():
+        inner = "base_layer." if path in adapted.layers else ""
+        tensors[f"{PREFIX}{path}.{inner}weight"] = weight.detach()
+    brought = [*adapted.saved_of(name), *embeddings]
+    metadata = {"format": "pt", _FINGERPRINT: fingerprint(adapted, brought)}
+    ready = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
+    card = model_card(config, adapted.reports[name], bytes_on_disk=size, figures=figures or {})
+    writers: dict[str, Any] = {
+        WEIGHTS_NAME: lambda path: safetensors.torch.save_file(_unshared(ready), path, metadata=metadata),
+        CONFIG_NAME: lambda path: path.write_text(config.to_json() + "\n", encoding="utf-8"),
+    }
+    if card.may_replace(folder / "README.md"):
+        writers["README.md"] = lambda path: path.write_text(card.text, encoding="utf-8")
+    write_whole(folder, writers)
+
+
+def read(source: str | Path, config: PeftConfig | None = None, **where: Any) -> AdapterFiles:
+    """Read an adapter from a folder or, when online, from the hub. Nothing is executed or unpickled.
+
+    Args:
+        source: the folder or hub name.
+        config: used instead of the folder's own.
+        where: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+    Raises:
+        UsageError: no such folder, or a file of it is missing.
+        AdapterFileError: broken, pickled or non-finite tensors.
+        ConfigError: a config that this release cannot honour.
+    """
+    if config is None:
+        config_path = locate(source, CONFIG_NAME, **where)
+        config = PeftConfig.from_dict(read_json(config_path), source=str(config_path))
+    try:
+        path = locate(source, WEIGHTS_NAME, **where)
+    except UsageError:
+        pickled = Path(source) / (where.get("subfolder") or "") / PICKLE_NAME
+        if pickled.is_file():
+            raise AdapterFileError(
+                f"{pickled} is a pickle, which can run code when it is read; veneer reads {WEIGHTS_NAME} only. "
+                "Save the adapter again with safe_serialization=True where you trust it."
+            ) from None
+        raise
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is not a complete safetensors file: {error}.") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path} has values that are not finite in {key}.")
+    return AdapterFiles(str(path), config, tensors, metadata)
+
+
+def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
+    """Sort a file's tensors to the layers of a model, every one of them and no other.
+
+    Raises:
+        AdapterFileError: a tensor that the model and config have no place for, a missing one, or one of another
+            shape; all are named.
+    """
+    selection = select(adapted.index, files.config, from_file=True)
+    left = dict(files.tensors)
+    problems: list[str] = []
+
+    def take(key: str, shape: tuple[int, ...], floating: bool = True) -> Tensor | None:
+        tensor = left.pop(f"{PREFIX}{key}", None)
+        if tensor is None:
+            problems.append(f"{PREFIX}{key} is missing")
+        elif tuple(tensor.shape) != tuple(shape):
+            problems.append(f"{PREFIX}{key} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        elif floating and not tensor.is_floating_point():
+            problems.append(f"{PREFIX}{key} holds {tensor.dtype}, expected floating-point numbers")
+        else:
+            return tensor
+        return None
+
+    factors = {
+        target.slot.path: {key: take(f"{target.slot.path}.{key}", spec.shape) for key, spec in target.specs.items()}
+        for target in selection.targets
+    }
+    targeted = {target.slot.path for target in selection.targets}
+    whole = {
+        slot.path: {
+            key: take(f"{slot.path}.{key}", tuple(now.shape), now.is_floating_point())
+            for key, now in slot.module.state_dict().items()
+        }
+        for slot in selection.saved
+    }
+    biases = {}
+    for bias in selection.biases:
+        path, _, leaf = bias.rpartition(".")
+        key = f"{path}.base_layer.{leaf}" if path in targeted else bias
+        biases[bias] = take(key, (adapted.index.parameter_sizes[bias],))
+    embeddings = _embeddings_in(adapted, left, problems)
+    for key in [key for key in left if ".original_module." in key]:
+        # PEFT's bias="all" also writes the frozen head behind modules_to_save; it is never used.
+        del left[key]
+    if left:
+        expected = [f"{PREFIX}{path}.{key}" for path, keyed in {**factors, **whole}.items() for key in keyed]
+        problems.extend(f"{key} has no place in this model{_clause(key, expected)}" for key in left)
+    if problems:
+        raise AdapterFileError(
+            f"{files.source} does not fit this model and its config: {listed(problems, most=5)}."
+            f"{_other_model(files.config, adapted)}"
+        )
+    return Fitted(selection, factors, whole, biases, embeddings)  # type: ignore[arg-type]
+
+
+def warn_of_other_base(adapted: AdaptedModel, files: AdapterFiles, fitted: Fitted) -> None:
+    """Warn when the base's weights are not those that the adapter was trained on, if the file tells."""
+    saved = files.metadata.get(_FINGERPRINT)
+    if saved is None:
+        return
+    embeddings = [name.removesuffix(".weight") for name in fitted.embeddings]
+    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *embeddings]))
+    if clause is not None:
+        warnings.warn(
+            f"This adapter was trained on another base model: {clause} from those of "
+            f"{files.config.base_model_name_or_path!r} at the time it was saved; its outputs will not be the same.",
+            BaseMismatchWarning,
+            stacklevel=4,
+        )
+
+
+def _clause(key: str, expected: list[str]) -> str:
+    close = nearest(key, expected, most=1).strip()
+    return f" ({close.rstrip('?').replace('Did you mean', 'nearest')})" if close else ""
+
+
+def _other_model(config: PeftConfig, adapted: AdaptedModel) -> str:
+    name = config.base_model_name_or_path
+    return f" The adapter was made for {name!r}." if name else ""
+
+
+def _embedding_paths(adapted: AdaptedModel) -> list[str]:
+    found = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        ask = getattr(adapted.model, method, None)
+        try:
+            module = ask() if ask is not None else None
+        except (NotImplementedError, AttributeError):
+            continue
+        module = getattr(module, "base_layer", module)
+        found += [path for path, slot in adapted.index.slots.items() if slot.module is module]
+    return list(dict.fromkeys(found))
+
+
+def _embeddings_to_save(
+    adapted: AdaptedModel, config: PeftConfig, wanted: bool | Literal["auto"]
+) -> dict[str, nn.Parameter]:
+    if wanted == "auto":
+        wanted = _vocabulary_changed(adapted, config)
+        if wanted:
+            warnings.warn(
+                "The vocabulary was resized, so the embeddings are saved with the adapter; "
+                "pass save_embedding_layers=False to leave them out.",
+                stacklevel=4,
+            )
+    if not wanted:
+        return {}
+    paths = [path for path in _embedding_paths(adapted) if path not in adapted.saved]
+    return {path: adapted.original(f"{path}.weight") for path in paths}
+
+
+def _vocabulary_changed(adapted: AdaptedModel, config: PeftConfig) -> bool:
+    """Whether the model's vocabulary is not that of its checkpoint, as far as local files can tell."""
+    now = getattr(getattr(adapted.model, "config", None), "vocab_size", None)
+    name = config.base_model_name_or_path
+    if now is None or not name:
+        return False
+    if Path(name).is_dir():
+        path = Path(name) / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            return False
+        if not isinstance(cached, str):
+            return False
+        path = Path(cached)
+    if not path.is_file():
+        return False
+    before = read_json(path).get("vocab_size")
+    return before is not None and before != now
+
+
+def _embeddings_in(adapted: AdaptedModel, left: dict[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
+    """Whole embedding weights beside an adapter: PEFT writes them for targeted and for resized embeddings."""
+    found = {}
+    for path in _embedding_paths(adapted):
+        for key in (f"{PREFIX}{path}.base_layer.weight", f"{PREFIX}{path}.weight"):
+            if key not in left:
+                continue
+            tensor = left.pop(key)
+            now = adapted.original(f"{path}.weight")
+            if tensor.shape != now.shape:
+                problems.append(
+                    f"{key} has shape {tuple(tensor.shape)}, expected {tuple(now.shape)}: call "
+                    f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
+                )
+            elif not now.is_meta and not torch.equal(tensor.to(now.device, now.dtype), now.detach()):
+                found[f"{path}.weight"] = tensor
+    return found
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies where two keys share memory (tied heads), which safetensors refuses to write."""
+    seen: set[int] = set()
+    out = {}
+    for key, tensor in tensors.items():
+        out[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out

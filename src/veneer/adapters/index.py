@@ -1,0 +1,113 @@
+"""A snapshot of a model's modules as they were before any adapter, so that later adapters need no tree walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from torch import nn
+
+from veneer.core import registry
+from veneer.core.base import AbstractBase
+
+_HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One module of the untouched model."""
+
+    path: str
+    """Its first path in the model."""
+    module: nn.Module
+    """The module."""
+    places: tuple[tuple[nn.Module, str], ...]
+    """Every (parent, attribute) that holds it: a shared module hangs at several."""
+    kind: str | None
+    """The base that can adapt it, or None."""
+
+
+class ModuleIndex:
+    """Every module of a model by path, with the few that have a role."""
+
+    def __init__(self, model: nn.Module) -> None:
+        found: dict[int, tuple[str, nn.Module, list[tuple[nn.Module, str]]]] = {}
+
+        def visit(parent: nn.Module, prefix: str) -> None:
+            for name, child in parent._modules.items():
+                if child is None:
+                    continue
+                if id(child) in found:
+                    found[id(child)][2].append((parent, name))
+                    continue
+                found[id(child)] = (f"{prefix}{name}", child, [(parent, name)])
+                visit(child, f"{prefix}{name}.")
+
+        visit(model, "")
+        self.slots: dict[str, Slot] = {
+            path: Slot(path, module, tuple(places), _kind(module, places)) for path, module, places in found.values()
+        }
+        self.parameter_sizes: dict[str, int] = {name: p.numel() for name, p in model.named_parameters()}
+        self.tied = _tied(self.slots)
+        self.model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
+        self.output_path = self._output_path(model)
+        self.head_paths = _head_paths(model)
+
+    def _output_path(self, model: nn.Module) -> str | None:
+        ask = getattr(model, "get_output_embeddings", None)
+        try:
+            output = ask() if ask is not None else None
+        except (NotImplementedError, AttributeError):
+            # transformers' own answer for models that have none.
+            return None
+        return next((slot.path for slot in self.slots.values() if slot.module is output), None)
+
+    @cached_property
+    def by_suffix(self) -> dict[str, tuple[str, ...]]:
+        """From every dotted ending of a path ("q_proj", "self_attn.q_proj", ...) to the paths that have it."""
+        suffixes: dict[str, list[str]] = {}
+        for path in self.slots:
+            parts = path.split(".")
+            for start in range(len(parts)):
+                suffixes.setdefault(".".join(parts[start:]), []).append(path)
+        return {suffix: tuple(paths) for suffix, paths in suffixes.items()}
+
+
+def view(kind: str, module: nn.Module) -> AbstractBase:
+    """The base of a given kind over a module."""
+    base: AbstractBase = registry.load("bases", kind).Base(module)
+    return base
+
+
+@cache
+def _bases() -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
+    return tuple((name, registry.load("bases", name).Base.accepts) for name in registry.names("bases"))
+
+
+def _kind(module: nn.Module, places: list[tuple[nn.Module, str]]) -> str | None:
+    if not module._parameters:
+        return None
+    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in places):
+        # That module reads its children's weights and never calls them: a wrapper there would do nothing.
+        return None
+    return next((name for name, accepts in _bases() if accepts(module)), None)
+
+
+def _tied(slots: dict[str, Slot]) -> frozenset[str]:
+    """The paths of modules that share a parameter with another module."""
+    owners: dict[int, list[str]] = {}
+    for path, slot in slots.items():
+        for parameter in slot.module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
+    return frozenset(path for paths in owners.values() if len(paths) > 1 for path in paths)
+
+
+def _head_paths(model: nn.Module) -> tuple[str, ...]:
+    """The parts of a task model beside its pretrained body: what a classification run must train."""
+    body = getattr(model, "base_model_prefix", None)
+    children = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    if body in children:
+        return tuple(name for name in children if name != body)
+    return tuple(name for name in children if name in _HEAD_NAMES)

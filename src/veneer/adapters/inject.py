@@ -1,0 +1,160 @@
+"""Put an adapter into a model: all of it, or nothing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.index import view
+from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.lifecycle import remove
+from veneer.adapters.saved import ModulesToSaveWrapper
+from veneer.adapters.targets import Selection, Target, select
+from veneer.core import registry
+from veneer.core.config import LoraConfig, PeftConfig
+from veneer.core.errors import UsageError
+from veneer.core.init import AbstractInit
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def inject(
+    adapted: AdaptedModel,
+    name: str,
+    config: PeftConfig,
+    *,
+    selection: Selection | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    autocast_adapter_dtype: bool = True,
+    device: torch.device | str | None = None,
+) -> Selection:
+    """Add an inactive adapter to a model. After a failure the model is what it was.
+
+    Args:
+        adapted: the model and its registry.
+        name: the new adapter's name.
+        config: what to adapt and how.
+        selection: ``select``'s result when it is already known.
+        tensors: from layer path to tensors keyed as on disk; without it the config's start fills them.
+        autocast_adapter_dtype: keep the adapter in float32 on a float16 or bfloat16 base.
+        device: where new tensors go instead of beside the base's weight, e.g. "meta".
+
+    Returns:
+        What was selected.
+
+    Raises:
+        UsageError: the name is taken or cannot be a name.
+        TargetError, ConfigError: see ``select``.
+    """
+    check_name(name)
+    if name in adapted.peft_config:
+        raise UsageError(f"There is already an adapter {name!r}; delete it first, or choose another name.")
+    assert isinstance(config, LoraConfig)
+    selection = selection or select(adapted.index, config)
+    init: AbstractInit = registry.load("inits", selection.config.init).Init()
+    fresh = {
+        target.slot.path: (
+            _cast(tensors[target.slot.path], target, autocast_adapter_dtype)
+            if tensors is not None
+            else _start(target, init, autocast_adapter_dtype, device)
+        )
+        for target in selection.targets
+    }
+    layers = {
+        target.slot.path: adapted.layers.get(target.slot.path) or AdaptedLayer(target.slot.module, target.kind)
+        for target in selection.targets
+    }
+    copies = {slot.path: _copy(slot.module) for slot in selection.saved}
+    try:
+        _commit(adapted, name, selection, fresh, layers, copies)
+    except BaseException:
+        remove(adapted, name)
+        raise
+    return selection
+
+
+def check_name(name: str) -> None:
+    """Refuse names that cannot be module names or folder names.
+
+    Raises:
+        UsageError: the name is not letters, digits, "_", "-" and spaces, or collides with torch's own.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w\- ]*", name):
+        raise UsageError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
+        raise UsageError(f"{name!r} cannot name an adapter: torch's containers use that word; choose another.")
+
+
+def _start(target: Target, init: AbstractInit, widen: bool, device: torch.device | str | None) -> dict[str, Tensor]:
+    base = view(target.kind, target.slot.module)
+    W = base.weight()
+    dtype = torch.float32 if widen and W.dtype in _HALF else W.dtype
+    where = W.device if device is None else torch.device(device)
+    fresh = {key: torch.empty(spec.shape, dtype=dtype, device=where) for key, spec in target.specs.items()}
+    A, B = (fresh[key] for key in base.factor_names)
+    with torch.no_grad():
+        init.fill(base, A, B, fresh.get("lora_B.bias"))
+    return fresh
+
+
+def _cast(given: Mapping[str, Tensor], target: Target, widen: bool) -> dict[str, Tensor]:
+    """Loaded tensors keep their dtype, except that halves follow PEFT's rule; they move to the base's device."""
+    W = view(target.kind, target.slot.module).weight()
+    return {
+        key: tensor.to(device=W.device, dtype=torch.float32 if widen and tensor.dtype in _HALF else tensor.dtype)
+        for key, tensor in given.items()
+    }
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    duplicate = copy.deepcopy(module)
+    return duplicate.requires_grad_(False)
+
+
+def _commit(
+    adapted: AdaptedModel,
+    name: str,
+    selection: Selection,
+    fresh: dict[str, dict[str, Tensor]],
+    layers: dict[str, AdaptedLayer],
+    copies: dict[str, nn.Module],
+) -> None:
+    config = selection.config
+    first = not adapted.peft_config
+    adapted.peft_config[name] = config
+    adapted.reports[name] = selection.report
+    for target in selection.targets:
+        path = target.slot.path
+        layers[path].attach(
+            name,
+            selection.variant,
+            target.specs,
+            fresh[path],
+            r=target.r,
+            lora_alpha=target.lora_alpha,
+            scaling=target.scaling,
+            dropout=config.lora_dropout,
+        )
+        if path not in adapted.layers:
+            adapted.layers[path] = layers[path]
+            adapted.hang(path, layers[path])
+    for slot in selection.saved:
+        if slot.path not in adapted.saved:
+            adapted.saved[slot.path] = ModulesToSaveWrapper(slot.module)
+            adapted.hang(slot.path, adapted.saved[slot.path])
+        adapted.saved[slot.path].modules_to_save[name] = copies[slot.path]
+    if selection.biases:
+        adapted.biases.add(name, {key: _bias_place(adapted, key) for key in selection.biases})
+    if first:
+        for parameter in adapted.model.parameters():
+            parameter.requires_grad_(False)
+
+
+def _bias_place(adapted: AdaptedModel, key: str) -> tuple[nn.Module, str]:
+    path, _, leaf = key.rpartition(".")
+    return (adapted.index.slots[path].module if path else adapted.model), leaf

@@ -1,0 +1,94 @@
+"""Bring an adapter that was read from disk into a model: all of it, or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base
+from veneer.adapters.inject import inject
+from veneer.core.errors import UsageError
+from veneer.core.records import MatchReport
+
+
+def load_into(
+    adapted: AdaptedModel, name: str, files: AdapterFiles, *, trainable: bool, autocast_adapter_dtype: bool
+) -> MatchReport:
+    """Add an adapter from its files, or replace the weights of one that has the same config.
+
+    Args:
+        adapted: the model.
+        name: the adapter's name.
+        files: what ``files.read`` gave.
+        trainable: recorded in its config as ``inference_mode``.
+        autocast_adapter_dtype: see ``inject``.
+
+    Returns:
+        What the adapter is on.
+
+    Raises:
+        AdapterFileError: the files do not fit the model; nothing has changed.
+        UsageError: the name belongs to an adapter of another config, or to one that is merged.
+    """
+    fitted = fit(adapted, files)
+    warn_of_other_base(adapted, files, fitted)
+    exists = name in adapted.peft_config
+    if exists:
+        _check_same(adapted, name, fitted)
+    else:
+        config = replace(fitted.selection.config, inference_mode=not trainable)
+        inject(
+            adapted,
+            name,
+            config,
+            selection=replace(fitted.selection, config=config),
+            tensors=fitted.factors,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+    with torch.no_grad():
+        for now, loaded in _pairs(adapted, name, fitted, factors=exists):
+            now.copy_(loaded)
+    return adapted.reports[name]
+
+
+def _pairs(adapted: AdaptedModel, name: str, fitted: Fitted, *, factors: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tensor in the model, loaded tensor) for everything that is written in place."""
+    if factors:
+        for path, keyed in fitted.factors.items():
+            tensors = adapted.layers[path].tensors(name)
+            yield from ((tensors[key], loaded) for key, loaded in keyed.items())
+    for path, keyed in fitted.whole.items():
+        state = adapted.saved[path].modules_to_save[name].state_dict()
+        yield from ((state[key], loaded) for key, loaded in keyed.items())
+    if fitted.biases:
+        values = adapted.biases.values(name)
+        yield from ((values[key], loaded) for key, loaded in fitted.biases.items())
+    for key, loaded in fitted.embeddings.items():
+        warnings.warn(
+            f"The adapter brings its own {key}, which differs from the base model's; it replaces it.", stacklevel=5
+        )
+        yield adapted.original(key), loaded
+
+
+def _check_same(adapted: AdaptedModel, name: str, fitted: Fitted) -> None:
+    if any(name in layer.merged_adapters for layer in adapted.layers.values()):
+        raise UsageError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading onto it.")
+    have = {
+        path: (layer.r[name], layer.scaling[name], tuple(layer.specs[name]))
+        for path, layer in adapted.layers_of(name).items()
+    }
+    new = {t.slot.path: (t.r, t.scaling, tuple(t.specs)) for t in fitted.selection.targets}
+    same_rest = set(fitted.whole) == set(adapted.saved_of(name)) and set(fitted.biases) == set(
+        adapted.biases.trained.get(name, ())
+    )
+    if have != new or not same_rest:
+        changed = next((path for path in {**have, **new} if have.get(path) != new.get(path)), "the modules saved whole")
+        raise UsageError(
+            f"There is already an adapter {name!r}, with another config (it differs at {changed}); "
+            "delete it first, or load under another name."
+        )

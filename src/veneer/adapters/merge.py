@@ -1,0 +1,166 @@
+"""Merge adapters into the base's weights and take them out again, bit for bit.
+
+A merged layer gets a new weight parameter instead of having the old one written over. Kept aside, the old
+one makes unmerging exact; and a weight that is shared with another module (tied embeddings) stays there
+what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.layer import AdaptedLayer
+from veneer.core.errors import MergeError, UsageError, listed
+
+
+def merge(
+    adapted: AdaptedModel, names: Sequence[str] | None = None, *, safe_merge: bool = False, reversible: bool = True
+) -> None:
+    """Merge adapters into the weights of their layers: all active ones, or those named.
+
+    Active adapters that are not merged stay part of the forward pass.
+
+    Args:
+        adapted: the model and its registry.
+        names: adapters to merge, on top of any already merged.
+        safe_merge: check first that every merged weight is finite.
+        reversible: keep the original weights, which costs their memory a second time, so that ``unmerge``
+            gives them back.
+
+    Raises:
+        UsageError: a name that is not there or already merged.
+        MergeError: a layer that cannot hold the merged update, or a result that is not finite. Nothing is
+            merged then.
+    """
+    wanted = list(adapted.active_adapters if names is None else names)
+    for name in wanted:
+        adapted.require(name)
+    done = {name for layer in adapted.layers.values() for name in layer.merged_adapters}
+    again = [name for name in wanted if name in done]
+    if again:
+        raise UsageError(f"Already merged: {listed(again)}.")
+    plan = {
+        path: [name for name in wanted if name in layer.specs]
+        for path, layer in adapted.layers.items()
+        if any(name in layer.specs for name in wanted)
+    }
+    for path, here in plan.items():
+        _check(adapted, path, here, safe_merge)
+    try:
+        for path, here in plan.items():
+            _merge_layer(adapted.layers[path], here, reversible)
+    except BaseException:
+        # Out of memory or an interrupt halfway: what can be given back is given back.
+        for path in plan:
+            layer = adapted.layers[path]
+            if layer.unmerged is not None:
+                left = [name for name in layer.merged_adapters if name not in wanted]
+                _restore(layer)
+                _merge_layer(layer, left, True)
+        raise
+
+
+def unmerge(adapted: AdaptedModel) -> None:
+    """Give every merged layer its original weight back, the very same tensor."""
+    for layer in adapted.layers.values():
+        _restore(layer)
+
+
+def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = False) -> nn.Module:
+    """Merge these adapters for good, take all wrappers out, and return the base model.
+
+    The whole modules and biases of the merged adapters stay in the model. No second copy of a weight is kept.
+
+    Args:
+        adapted: the model and its registry, which is of no use afterwards.
+        merged: adapters to leave in the model; none gives the base model back as it was.
+        safe_merge: check first that every merged weight is finite.
+
+    Raises:
+        MergeError: see ``merge``; also when merging would untie embeddings that an encoder-decoder model
+            computes with as one.
+    """
+    unties = _unties(adapted, merged)
+    if unties and getattr(getattr(adapted.model, "config", None), "is_encoder_decoder", False):
+        raise MergeError(
+            f"{unties!r} shares its weight with another module, and {type(adapted.model).__name__} cannot be saved "
+            "with the two different; use the adapter unmerged, or leave that module out of the adapter."
+        )
+    unmerge(adapted)
+    if merged:
+        merge(adapted, merged, safe_merge=safe_merge, reversible=False)
+    for path, layer in adapted.layers.items():
+        adapted.hang(path, layer.base_layer)
+    for path, wrapper in adapted.saved.items():
+        kept = next((name for name in merged if name in wrapper.modules_to_save), None)
+        adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
+    adapted.biases.settle(merged)
+    if unties:
+        _mark_untied(adapted.model)
+    for name, parameter in adapted.model.named_parameters():
+        parameter.requires_grad_(name in adapted.trainable_before)
+    return adapted.model
+
+
+def _unties(adapted: AdaptedModel, names: Sequence[str]) -> str | None:
+    """A module whose weight is shared with another one now and would not be once ``names`` are merged."""
+    changed = [path for path, layer in adapted.layers.items() if any(name in layer.specs for name in names)]
+    changed += [path for path, w in adapted.saved.items() if any(name in w.modules_to_save for name in names)]
+    return next((path for path in changed for t in adapted.index.tied if t == path or t.startswith(f"{path}.")), None)
+
+
+def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -> None:
+    layer = adapted.layers[path]
+    with torch.no_grad():
+        for name in names:
+            variant, tensors, scaling = layer.variants[name], layer.tensors(name), layer.scaling[name]
+            variant.merged_bias(layer.base, tensors, layer.base_layer._parameters.get("bias"), scaling=scaling)
+            if safe and not variant.merged(layer.base, tensors, layer.base.weight(), scaling=scaling).isfinite().all():
+                raise MergeError(f"Merging {name!r} into {path!r} gives values that are not finite.")
+
+
+def _merge_layer(layer: AdaptedLayer, names: Sequence[str], reversible: bool) -> None:
+    base, parameters = layer.base, layer.base_layer._parameters
+    if reversible and layer.unmerged is None and names:
+        weight = parameters["weight"]
+        assert weight is not None
+        layer.unmerged = (weight, parameters.get("bias"))
+    with torch.no_grad():
+        for name in names:
+            variant, tensors, scaling = layer.variants[name], layer.tensors(name), layer.scaling[name]
+            bias = parameters.get("bias")
+            new_bias = variant.merged_bias(base, tensors, bias, scaling=scaling)
+            base.replace(variant.merged(base, tensors, base.weight(), scaling=scaling))
+            if new_bias is not None and new_bias is not bias:
+                parameters["bias"] = nn.Parameter(new_bias, requires_grad=False)
+            layer.merged_adapters = [*layer.merged_adapters, name]
+    layer.refresh()
+
+
+def _restore(layer: AdaptedLayer) -> None:
+    if layer.unmerged is not None:
+        parameters = layer.base_layer._parameters
+        now = parameters["weight"]
+        assert now is not None
+        for leaf, original in zip(("weight", "bias"), layer.unmerged, strict=True):
+            if original is not None and original.device != now.device:
+                # The model moved while merged, and the kept tensor was out of sight of ``to()``.
+                original.data = original.data.to(now.device)
+            if leaf in parameters:
+                parameters[leaf] = original
+        layer.unmerged = None
+        layer.merged_adapters = []
+    layer.refresh()
+
+
+def _mark_untied(model: nn.Module) -> None:
+    """Tell a Hugging Face model that its embeddings differ now: saved as tied, one of them would be lost."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    if getattr(model, "all_tied_weights_keys", None):
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]

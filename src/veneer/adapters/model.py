@@ -1,0 +1,485 @@
+"""The facade with PEFT's public names: ``get_peft_model`` and ``PeftModel``."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import re
+import shutil
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import files, lifecycle
+from veneer.adapters import merge as merging
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.inject import inject
+from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.loading import load_into
+from veneer.core.config import PeftConfig
+from veneer.core.errors import UsageError, listed
+from veneer.core.hub import WEIGHTS_NAME
+from veneer.core.records import MatchReport
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Adapt a model: its parameters are frozen, and a fresh adapter's learn.
+
+    >>> model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    >>> model.print_trainable_parameters()
+
+    Args:
+        model: any torch module; it is changed in place.
+        peft_config: what to adapt and how; it is not changed (the resolved one is ``model.peft_config[name]``).
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: keep the adapter in float32 on a float16 or bfloat16 base.
+        revision: the base model's revision, for the record.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device, to be loaded later.
+
+    Raises:
+        TargetError: a pattern of the config matches nothing or nothing that can be adapted.
+        UsageError: the model is adapted already.
+    """
+    peft_model = PeftModel(_untouched(model))
+    adapted = peft_model.base_model
+    config = _with_base(peft_config, model, revision)
+    inject(
+        adapted,
+        adapter_name,
+        config,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        device="meta" if low_cpu_mem_usage else None,
+    )
+    lifecycle.activate(adapted, adapter_name, trainable=not config.inference_mode)
+    peft_model._prepare_checkpointing()
+    return peft_model
+
+
+@final
+class PeftModel(nn.Module):
+    """A model with adapters. Every attribute of the wrapped model is reachable through it.
+
+    Made by ``get_peft_model`` or ``PeftModel.from_pretrained``. To ``isinstance`` it passes for the class of
+    the wrapped model (and for ``peft.PeftModel`` once that package is imported), because transformers'
+    Trainer decides by class how to save and resume.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = AdaptedModel(model)
+        self.train(model.training)
+        self._take_signature()
+
+    # Making and loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **where: Any,
+    ) -> PeftModel:
+        """Load a saved adapter onto a base model, which is put into eval mode unless it is to be trained.
+
+        Args:
+            model: the base model; changed in place, and left as it was when loading fails.
+            model_id: an adapter folder, or a hub name when online.
+            adapter_name: the name to give it.
+            is_trainable: whether its parameters learn.
+            config: used instead of the folder's ``adapter_config.json``.
+            autocast_adapter_dtype: keep a float16 or bfloat16 adapter in float32.
+            low_cpu_mem_usage: accepted as PEFT's option; tensors are always loaded without being made first.
+            where: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            UsageError: no such adapter.
+            AdapterFileError: a broken file, or one that does not fit the model.
+        """
+        peft_model = cls(_untouched(model))
+        peft_model.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            config=config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            **where,
+        )
+        lifecycle.activate(peft_model.base_model, adapter_name, trainable=is_trainable)
+        if not is_trainable:
+            peft_model.eval()
+        peft_model._prepare_checkpointing()
+        return peft_model
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        *,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Add a fresh adapter, which is not active yet. After a failure the model is what it was.
+
+        Raises:
+            UsageError: the name is taken.
+            TargetError: see ``get_peft_model``.
+        """
+        inject(
+            self.base_model,
+            adapter_name,
+            _with_base(peft_config, self.get_base_model(), None),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            device="meta" if low_cpu_mem_usage else None,
+        )
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        config: PeftConfig | None = None,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **where: Any,
+    ) -> MatchReport:
+        """Load one more adapter, which is not active yet unless its name already was.
+
+        Onto an existing name of the same config only the weights are replaced, in place, so that an optimiser
+        keeps its parameters; an existing name with another config is refused.
+
+        Args:
+            model_id: an adapter folder, or a hub name when online.
+            adapter_name: the name to give it.
+            is_trainable: whether its parameters learn.
+            config: used instead of the folder's own.
+            torch_device: accepted as PEFT's option; tensors go where the layer they belong to is.
+            autocast_adapter_dtype: keep a float16 or bfloat16 adapter in float32.
+            low_cpu_mem_usage: accepted as PEFT's option; tensors are always loaded without being made first.
+            where: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Returns:
+            What the adapter is on.
+
+        Raises:
+            UsageError: no such adapter, or the name is taken by another one.
+            AdapterFileError: a broken file, or one that does not fit the model, which is left as it was.
+        """
+        unknown = set(where) - {"subfolder", "revision", "token", "cache_dir", "local_files_only"}
+        if unknown:
+            raise UsageError(f"load_adapter has no option {listed(sorted(unknown))}.")
+        return load_into(
+            self.base_model,
+            adapter_name,
+            files.read(model_id, config, **where),
+            trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        tokenizer: Any = None,
+        figures: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters in PEFT's format: "default" into the folder itself, others into folders of their name.
+
+        Args:
+            save_directory: created when missing; an adapter that stands there is replaced as a whole.
+            safe_serialization: must stay True; pickles are not written.
+            selected_adapters: names to save, all when None.
+            save_embedding_layers: also write the base's embeddings; "auto" when the vocabulary was resized.
+            is_main_process: other processes of a distributed run write nothing.
+            state_dict: the gathered state dict of a sharded model.
+            tokenizer: anything with ``save_pretrained``, saved beside the adapter.
+            figures: lines for the model card.
+            kwargs: accepted for callers that pass the options of other models' ``save_pretrained``.
+
+        Raises:
+            UsageError: an unknown adapter, or ``safe_serialization=False``.
+            DiskError: the disk is full or not writable; what stood there before still stands.
+        """
+        if not safe_serialization:
+            raise UsageError("safe_serialization=False asks for a pickle; veneer writes safetensors only.")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        for name in selected_adapters if selected_adapters is not None else self.peft_config:
+            self.base_model.require(name)
+            files.save(
+                self.base_model,
+                name,
+                folder if name == "default" else folder / name,
+                save_embedding_layers=save_embedding_layers,
+                state_dict=state_dict,
+                figures=figures,
+            )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _leave_for_trainer(folder)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Kept because transformers' Trainer calls it after writing its own card, which stands as it is."""
+
+    # Switching
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several whose updates add up; all others become inactive.
+
+        Raises:
+            UsageError: an unknown name, or two adapters that cannot be active together.
+        """
+        lifecycle.activate(self.base_model, adapter_name, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was the only active one, the first that is left becomes active.
+
+        Raises:
+            UsageError: an unknown name, or the last adapter (``unload()`` gives the base model back).
+        """
+        adapted = self.base_model
+        adapted.require(adapter_name)
+        if len(adapted.peft_config) == 1:
+            raise UsageError(f"{adapter_name!r} is the only adapter; unload() gives the base model back.")
+        merging.unmerge(adapted)
+        lifecycle.remove(adapted, adapter_name)
+        if not adapted.active_adapters:
+            lifecycle.activate(adapted, next(iter(adapted.peft_config)))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, for the length of a ``with`` block: also its own heads and biases."""
+        with lifecycle.disabled(self.base_model):
+            yield
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the active adapters, or those named, into the weights, so that they cost nothing.
+
+        Raises:
+            UsageError, MergeError: see ``veneer.adapters.merge.merge``.
+        """
+        merging.merge(self.base_model, adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take every merged adapter out again; the weights are the very tensors they were."""
+        merging.unmerge(self.base_model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Merge the active adapters for good and return the base model, free of wrappers.
+
+        Args:
+            progressbar: accepted as PEFT's option; merging reports nothing.
+            safe_merge: check first that every merged weight is finite.
+            adapter_names: adapters to merge instead of the active ones.
+        """
+        adapted = self.base_model
+        merged = [name for layer in adapted.layers.values() for name in layer.merged_adapters]
+        wanted = dict.fromkeys([*merged, *(adapted.active_adapters if adapter_names is None else adapter_names)])
+        return merging.unload(adapted, merged=list(wanted), safe_merge=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """Drop all adapters and return the base model as it was."""
+        return merging.unload(self.base_model, merged=[])
+
+    # Looking
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The config of every adapter, by name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names when there are several."""
+        active = self.base_model.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first active adapter."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> str | None:
+        """The variant family of the first active adapter."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def match_report(self) -> MatchReport:
+        """What the first active adapter's config matched."""
+        return self.base_model.reports[self.active_adapters[0]]
+
+    def get_base_model(self) -> nn.Module:
+        """The wrapped model, with the adapters in it."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters of the model in use.
+
+        Originals that stand unused behind a trained copy (``modules_to_save``) are not counted.
+        """
+        unused = {
+            id(parameter)
+            for wrapper in self.base_model.saved.values()
+            if wrapper.active is not None
+            for parameter in wrapper.original_module.parameters()
+        }
+        counted = [parameter for parameter in self.parameters() if id(parameter) not in unused]
+        return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters learn, of how many."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    # Being the wrapped model
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Tells transformers that a quantised base can be trained: adapters are attached."""
+        return True
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        peft = sys.modules.get("peft")
+        modules = self.__dict__.get("_modules", {})
+        if "base_model" not in modules:
+            return PeftModel
+        return getattr(peft, "PeftModel", None) or type(modules["base_model"].model)
+
+    def _get_name(self) -> str:
+        return "PeftModel"
+
+    def _take_signature(self) -> None:
+        # The Trainer drops every data column that is not in the signature of the instance's forward.
+        self.__dict__["forward"] = types.MethodType(_forward_like(type(self.base_model.model)), self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "forward"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._take_signature()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (), self.__getstate__()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base_model = self.__dict__.get("_modules", {}).get("base_model")
+            if base_model is None or name.startswith("__"):
+                raise
+            return getattr(base_model, name)
+
+    def _prepare_checkpointing(self) -> None:
+        """Let gradients enter through frozen embeddings when checkpointing was switched on beforehand."""
+        model = self.get_base_model()
+        if getattr(model, "is_activation_checkpointing", False):
+            model.enable_input_require_grads()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``torch.nn.Module.load_state_dict``; also takes one adapter's tensors, keyed as in its file.
+
+        The latter go into the active adapter: that is how transformers' Trainer resumes without PEFT installed.
+        """
+        active = self.base_model.active_adapters
+        own = files.adapter_state(self.base_model, active[0]) if len(active) == 1 else {}
+        if own.keys() != state_dict.keys():
+            return super().load_state_dict(state_dict, strict, assign)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state_dict[key])
+        return nn.modules.module._IncompatibleKeys([], [])
+
+
+@functools.cache
+def _forward_like(cls: type[nn.Module]) -> types.FunctionType:
+    """A forward for PeftModel with the signature of the wrapped class's."""
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = cls.forward.__doc__
+    return forward
+
+
+def _blank() -> PeftModel:
+    return PeftModel.__new__(PeftModel)
+
+
+def _untouched(model: nn.Module) -> nn.Module:
+    if isinstance(model, PeftModel) or any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise UsageError(
+            "This model is adapted already; use add_adapter or load_adapter on it, or unload() to start again."
+        )
+    return model
+
+
+def _with_base(config: PeftConfig, model: nn.Module, revision: str | None) -> PeftConfig:
+    """A copy of the config that knows its base model."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None)
+    mapping = config.auto_mapping
+    if config.task_type is None and mapping is None:
+        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return replace(
+        config,
+        base_model_name_or_path=str(name) if name else config.base_model_name_or_path,
+        revision=revision or config.revision,
+        auto_mapping=mapping,
+    )
+
+
+def _leave_for_trainer(folder: Path) -> None:
+    """Without PEFT installed, transformers' Trainer looks in its checkpoints for ``model.safetensors`` alone."""
+    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not (folder / WEIGHTS_NAME).is_file():
+        return
+    if importlib.util.find_spec("peft") is None:
+        twin = folder / "model.safetensors"
+        twin.unlink(missing_ok=True)
+        try:
+            os.link(folder / WEIGHTS_NAME, twin)
+        except OSError:
+            shutil.copyfile(folder / WEIGHTS_NAME, twin)

@@ -1,0 +1,1 @@
+"""Where W lives: one final class ``Base`` a file."""

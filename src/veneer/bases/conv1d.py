@@ -1,0 +1,68 @@
+"""transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored (I, O).
+
+Shape legend: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.core.base import AbstractBase, product
+from veneer.kernels.lora_linear import lora_linear, low_rank
+
+
+@final
+class Base(AbstractBase):
+    """GPT-2's linear layer, known by its name so that transformers need not be imported."""
+
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    zero_factor: ClassVar[Literal["A", "B"]] = "B"
+    has_output_bias: ClassVar[bool] = True
+    fan_in_fan_out: ClassVar[bool] = True
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        return (
+            type(module).__name__ == "Conv1D"
+            and type(module).__module__.startswith("transformers.")
+            and type(module.weight) in (nn.Parameter, Tensor)
+            and module.weight.is_floating_point()
+        )
+
+    def shape(self) -> tuple[int, int]:
+        W_IO = self.module.weight
+        return W_IO.shape[1], W_IO.shape[0]
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out, inputs = self.shape()
+        return (r, inputs), (out, r)
+
+    def weight(self) -> Tensor:
+        return self.module.weight.t()
+
+    def replace(self, W_OI: Tensor) -> None:
+        self.module.weight = nn.Parameter(W_OI.t().contiguous(), requires_grad=False)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x)
+        return y
+
+    def adapted(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
+    ) -> Tensor:
+        dropped = F.dropout(x, dropout) if dropout else None
+        own = self.module.bias
+        if bias is not None:
+            own = own + (bias * scaling).to(own.dtype)
+        return lora_linear(x, self.module.weight.t(), own, A, B, scaling, dropped)
+
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
+    ) -> Tensor:
+        return low_rank(x, A, B, scaling, bias_O=bias, dropout=dropout)
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return product(A, B)

@@ -1,0 +1,87 @@
+"""Where the frozen weight W lives: how to read it, replace it, and apply it with a low-rank update.
+
+Shape legend: N tokens, I inputs, O outputs, R rank. Every base shows its weight as one (O, I) matrix.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+
+class AbstractBase(ABC):
+    """A view on one frozen module. It holds no tensors; make one whenever it is needed.
+
+    A file ``bases/<kind>.py`` defines the final class ``Base``; its file name is the kind that reports show.
+    """
+
+    factor_names: ClassVar[tuple[str, str]]
+    """The names of A and B as they are stored, e.g. ``("lora_A.weight", "lora_B.weight")``."""
+    zero_factor: ClassVar[Literal["A", "B"]]
+    """The factor that starts at zero, so that a fresh adapter changes nothing."""
+    has_output_bias: ClassVar[bool]
+    """Whether the operation has a place for a bias (``lora_bias`` needs one)."""
+    fan_in_fan_out: ClassVar[bool]
+    """Whether the weight is stored (I, O) instead of (O, I)."""
+
+    @final
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @staticmethod
+    @abstractmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether this base knows how to adapt ``module``. Must be cheap and import nothing."""
+
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the weight matrix."""
+
+    @abstractmethod
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The stored shapes of A and B for rank ``r``."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W as an (O, I) matrix: a view where the layout allows, never a surprise cast."""
+
+    @abstractmethod
+    def replace(self, W_OI: Tensor) -> None:
+        """Give the module a new weight parameter. The old one is left untouched, so tied modules keep theirs."""
+
+    @abstractmethod
+    def frozen(self, x: Tensor) -> Tensor:
+        """The module's own output."""
+
+    @abstractmethod
+    def adapted(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
+    ) -> Tensor:
+        """``frozen(x) + scaling * (B A drop(x) + bias)``, fused where the base can."""
+
+    @abstractmethod
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
+    ) -> Tensor:
+        """``scaling * (B A drop(x) + bias)`` alone, in the dtype of the output."""
+
+    @abstractmethod
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A as an (O, I) matrix in float32 (or float64 when a factor is)."""
+
+
+def merge_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute a merged weight in: never below float32, so that it is rounded once."""
+    wide = torch.float32
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    return wide
+
+
+def product(A_RI: Tensor, B_OR: Tensor) -> Tensor:
+    """B A as an (O, I) matrix, in float32 or wider."""
+    wide = merge_dtype(A_RI, B_OR)
+    return B_OR.to(wide) @ A_RI.to(wide)

@@ -1,0 +1,86 @@
+"""Plain results that travel upward: what matched, what a merge changed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Role = Literal["target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"]
+
+
+@dataclass(frozen=True)
+class PatternMatch:
+    """What one pattern of a config matched."""
+
+    role: Role
+    """The config field that the pattern stands in."""
+    pattern: str
+    """The pattern itself."""
+    paths: tuple[str, ...]
+    """The module paths that it matched, in the model's order."""
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """One layer that a config adapts."""
+
+    path: str
+    """The module's path in the base model."""
+    kind: str
+    """The kind of base: the file name in ``bases/``."""
+    shape: tuple[int, int]
+    """(out, in) of its weight."""
+    r: int
+    """The rank on this layer."""
+    lora_alpha: float
+    """The alpha on this layer."""
+    scaling: float
+    """The factor of the update on this layer."""
+    parameters: int
+    """How many parameters the adapter adds here."""
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """What a config does to a model, known before anything is changed."""
+
+    patterns: tuple[PatternMatch, ...]
+    """Every pattern with what it matched."""
+    targets: tuple[TargetRecord, ...]
+    """Every adapted layer."""
+    saved: tuple[tuple[str, int], ...]
+    """Modules that are trained whole, each with its number of parameters."""
+    biases: int
+    """How many bias parameters of the base are trained."""
+    base_parameters: int
+    """Parameters of the base model, each counted once."""
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that learn."""
+        return sum(t.parameters for t in self.targets) + sum(n for _, n in self.saved) + self.biases
+
+    @property
+    def total(self) -> int:
+        """Parameters of the adapted model in use."""
+        return self.base_parameters + sum(t.parameters for t in self.targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, the two sums included."""
+        return {**asdict(self), "trainable": self.trainable, "total": self.total}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How a merged model compares with the adapted one on the same input."""
+
+    adapters: tuple[str, ...]
+    """The adapters that were merged."""
+    layers: int
+    """How many layers got a new weight."""
+    dtype: str
+    """The dtype of the merged weights."""
+    max_logit_difference: float
+    """The largest absolute difference of an output."""
+    logit_scale: float
+    """The largest absolute output, to judge the difference by."""

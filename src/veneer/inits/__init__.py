@@ -1,0 +1,1 @@
+"""How an adapter starts: one final class ``Init`` a file."""

@@ -1,0 +1,23 @@
+"""The truth that every kernel is tested and benchmarked against: plain PyTorch, written for reading.
+
+Shape legend: N tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x_NI: Tensor,
+    W_OI: Tensor,
+    bias_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scaling: float,
+    dropped_NI: Tensor | None = None,
+) -> Tensor:
+    """``W x + bias + scaling * B A x``; ``dropped_NI`` replaces x before A when given."""
+    through_A_NR = F.linear(x_NI if dropped_NI is None else dropped_NI, A_RI)
+    return F.linear(x_NI, W_OI, bias_O) + scaling * F.linear(through_A_NR, B_OR)

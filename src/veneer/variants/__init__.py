@@ -1,0 +1,1 @@
+"""What the update is: one final class ``Variant`` a file."""

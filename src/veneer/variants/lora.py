@@ -1,0 +1,76 @@
+"""LoRA: ``W x + s B A x`` with s = alpha / r, or alpha / sqrt(r) for rsLoRA.
+
+Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from veneer.core.base import AbstractBase, merge_dtype
+from veneer.core.config import LoraConfig, PeftConfig
+from veneer.core.errors import ConfigError, MergeError
+from veneer.core.variant import AbstractVariant, ParameterSpec
+
+BIAS = "lora_B.bias"
+
+
+@final
+class Variant(AbstractVariant):
+    """The low-rank update itself."""
+
+    config_class: ClassVar[type[PeftConfig]] = LoraConfig
+
+    def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
+        assert isinstance(config, LoraConfig)
+        shapes = base.factor_shapes(r)
+        specs = {name: ParameterSpec(shape) for name, shape in zip(base.factor_names, shapes, strict=True)}
+        if config.lora_bias:
+            if not base.has_output_bias:
+                raise ConfigError(
+                    f"lora_bias=True has no meaning on {type(base.module).__name__}, whose operation has no bias; "
+                    "leave lora_bias at False or take that module out of target_modules."
+                )
+            specs[BIAS] = ParameterSpec((base.shape()[0],))
+        return specs
+
+    def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
+        assert isinstance(config, LoraConfig)
+        return lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
+
+    def forward(
+        self,
+        base: AbstractBase,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        A, B = (p[name] for name in base.factor_names)
+        bias = p.get(BIAS)
+        if y is None:
+            return base.adapted(x, A, B, scaling, bias=bias, dropout=dropout)
+        return y + base.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
+
+    def merged(self, base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, *, scaling: float) -> Tensor:
+        A, B = (p[name] for name in base.factor_names)
+        wide = merge_dtype(W_OI, A, B)
+        return base.delta(A, B).mul_(scaling).add_(W_OI.to(wide)).to(W_OI.dtype)
+
+    def merged_bias(
+        self, base: AbstractBase, p: Mapping[str, Tensor], bias: Tensor | None, *, scaling: float
+    ) -> Tensor | None:
+        if BIAS not in p:
+            return bias
+        if bias is None:
+            raise MergeError(
+                f"This adapter has lora_bias=True, but the {type(base.module).__name__} it adapts has no bias to "
+                "merge it into, and a model saved with a new one would lose it on loading; use the adapter unmerged."
+            )
+        return (bias + p[BIAS] * scaling).to(bias.dtype)
