@@ -65,6 +65,7 @@ def adapter_state(
             ``PeftModel.state_dict()``.
     """
     own: dict[str, tuple[str, Tensor]] = {}
+    tensor: Tensor
     for path, layer in adapted.layers_of(name).items():
         for key, tensor in layer.tensors(name).items():
             container, _, leaf = key.partition(".")
@@ -76,8 +77,8 @@ def adapter_state(
     if name in adapted.biases.trained:
         for key, tensor in adapted.biases.values(name).items():
             path, _, leaf = key.rpartition(".")
-            in_place = f"{path}.base_layer.{leaf}" if path in adapted.layers else key
-            own[in_place] = (in_place, tensor)
+            inner = f"{path}.base_layer.{leaf}"
+            own[inner if path in adapted.layers_of(name) else key] = (inner if path in adapted.layers else key, tensor)
     found = {}
     for disk, (memory, tensor) in own.items():
         if state_dict is not None:

@@ -94,9 +94,16 @@ class AdaptedLayer(nn.Module):
                 del held[name]
                 if not len(held):
                     del self._modules[container]
-        per_adapter = (self.variants, self.specs, self.r, self.lora_alpha, self.scaling, self.lora_dropout)
+        per_adapter: tuple[dict[str, Any], ...] = (
+            self.variants,
+            self.specs,
+            self.r,
+            self.lora_alpha,
+            self.scaling,
+            self.lora_dropout,
+        )
         for numbers in per_adapter:
-            numbers.pop(name, None)  # type: ignore[attr-defined]
+            numbers.pop(name, None)
         self.active_adapters = [active for active in self.active_adapters if active != name]
         self.refresh()
 

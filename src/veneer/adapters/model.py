@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.loading import load_into
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed
-from veneer.core.hub import WEIGHTS_NAME
+from veneer.core.hub import WEIGHTS_NAME, WHERE
 from veneer.core.records import MatchReport
 
 
@@ -189,7 +189,7 @@ class PeftModel(nn.Module):
             UsageError: no such adapter, or the name is taken by another one.
             AdapterFileError: a broken file, or one that does not fit the model, which is left as it was.
         """
-        unknown = set(where) - {"subfolder", "revision", "token", "cache_dir", "local_files_only"}
+        unknown = set(where) - set(WHERE)
         if unknown:
             raise UsageError(f"load_adapter has no option {listed(sorted(unknown))}.")
         return load_into(
@@ -379,8 +379,8 @@ class PeftModel(nn.Module):
         """Tells transformers that a quantised base can be trained: adapters are attached."""
         return True
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         peft = sys.modules.get("peft")
         modules = self.__dict__.get("_modules", {})
         if "base_model" not in modules:
@@ -392,13 +392,13 @@ class PeftModel(nn.Module):
 
     def _take_signature(self) -> None:
         # The Trainer drops every data column that is not in the signature of the instance's forward.
-        self.__dict__["forward"] = types.MethodType(_forward_like(type(self.base_model.model)), self)
+        self.__dict__["forward"] = types.MethodType(_forward_like(type(self.base_model.model)), self)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "forward"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take_signature()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -417,7 +417,7 @@ class PeftModel(nn.Module):
         """Let gradients enter through frozen embeddings when checkpointing was switched on beforehand."""
         model = self.get_base_model()
         if getattr(model, "is_activation_checkpointing", False):
-            model.enable_input_require_grads()
+            model.enable_input_require_grads()  # type: ignore[operator]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``torch.nn.Module.load_state_dict``; also takes one adapter's tensors, keyed as in its file.
@@ -435,7 +435,7 @@ class PeftModel(nn.Module):
 
 
 @functools.cache
-def _forward_like(cls: type[nn.Module]) -> types.FunctionType:
+def _forward_like(cls: type[nn.Module]) -> Callable[..., Any]:
     """A forward for PeftModel with the signature of the wrapped class's."""
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:

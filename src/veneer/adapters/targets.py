@@ -253,7 +253,7 @@ class _Selector:
                     paths[path] = None
             if not paths:
                 warnings.warn(
-                    f"task_type is {TaskType(self.config.task_type).value}, but this model has no head that could be "
+                    f"task_type is {self.config.task_type}, but this model has no head that could be "
                     "recognised; name it in modules_to_save, or it stays frozen and is not saved.",
                     stacklevel=6,
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from veneer.core import registry
 from veneer.core.errors import AdapterFileError, ConfigError, nearest
-from veneer.core.hub import CONFIG_NAME, locate
+from veneer.core.hub import CONFIG_NAME, WHERE, locate
 from veneer.core.task_type import TaskType
 
 PEFT_FORMAT = "0.21.2"
@@ -60,7 +61,7 @@ def strict(cls: C) -> C:
     known = {f.name for f in dataclasses.fields(cls)}
 
     @functools.wraps(make)
-    def __init__(self: Any, **given: Any) -> None:
+    def checked(self: Any, **given: Any) -> None:
         for name, value in list(given.items()):
             if name in known:
                 continue
@@ -76,7 +77,7 @@ def strict(cls: C) -> C:
             del given[name]
         make(self, **given)
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = checked  # type: ignore[misc]
     return cls
 
 
@@ -168,7 +169,7 @@ class PeftConfig:
             kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` say where
                 to look; any other keyword overrides a field of the file.
         """
-        where = {key: kwargs.pop(key) for key in list(kwargs) if key in locate.__kwdefaults__}
+        where = {key: kwargs.pop(key) for key in list(kwargs) if key in WHERE}
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, **where)
         return cls.from_dict({**read_json(path), **kwargs}, source=str(path))
 
@@ -391,7 +392,7 @@ def field_docs(cls: type) -> dict[str, str]:
             continue
         assert isinstance(tree.body[0], ast.ClassDef)
         body = tree.body[0].body
-        for item, after in zip(body, body[1:], strict=False):
+        for item, after in itertools.pairwise(body):
             if (
                 isinstance(item, ast.AnnAssign)
                 and isinstance(item.target, ast.Name)

@@ -8,6 +8,8 @@ from veneer.core.errors import UsageError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
+"""The options that say where to look for an adapter's files."""
 
 
 def locate(

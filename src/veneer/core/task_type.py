@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from veneer.core.errors import ConfigError, nearest
 
 
-class TaskType(str, Enum):
+class TaskType(StrEnum):
     """What the adapted model is for. Classification tasks also train and save the model's head.
 
     PEFT's spellings are accepted: ``TaskType("QUESTION_ANS") is TaskType.QUESTION_ANSWERING``.

@@ -42,7 +42,7 @@ class _LoraLinear(torch.autograd.Function):
         return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         in_A, xA_NR, W_OI, A_RI, B_OR = ctx.saved_tensors
         need_x, need_dropped, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
