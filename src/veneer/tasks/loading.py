@@ -1,0 +1,236 @@
+"""Base models, tokenizers and run folders by name: local folders first, the hub only when it is online.
+
+Code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.core.errors import UsageError, listed, nearest
+from veneer.core.hub import CONFIG_NAME as ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""The precisions that a model can be loaded in; "auto" keeps the one that it was saved in."""
+KEPT = ("best", "last")
+"""The adapters that a run folder keeps, the one to use first."""
+
+_MODEL_CONFIG = "config.json"
+_WHOLE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
+
+
+def load_model(
+    name_or_path: str | Path, *, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32", **options: Any
+) -> PreTrainedModel:
+    """A pretrained model from a local folder, from the hub's cache or, when online, from the hub.
+
+    Args:
+        name_or_path: a folder that ``save_pretrained`` wrote, or a hub name such as ``someone/model``.
+        auto_class: the transformers auto class that gives the task its head.
+        dtype: one of ``DTYPES``.
+        options: passed on to ``from_pretrained``, e.g. ``num_labels``.
+
+    Raises:
+        UsageError: no such model, a broken one, or one that does not fit ``auto_class``.
+    """
+    import transformers
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
+    config = load_config(name_or_path)
+    model_class = getattr(transformers, auto_class)
+    # Mismatches are let through so that they come back in the report instead of as a table on the screen.
+    given = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}
+    with _in_one_sentence(name_or_path, f"could not be loaded with {auto_class}"), _log_errors_only():
+        model, report = model_class.from_pretrained(_source(name_or_path), output_loading_info=True, **given)
+    _check_report(str(name_or_path), model, report, whole=auto_class in _WHOLE_MODELS, options=options)
+    return model
+
+
+def load_config(name_or_path: str | Path) -> PretrainedConfig:
+    """The config of a model: all that its shape needs, without its weights.
+
+    Raises:
+        UsageError: no such model, or a config that cannot be read.
+    """
+    from transformers import AutoConfig
+
+    source = _source(name_or_path)
+    if Path(source).is_dir():
+        _check_config(Path(source))
+    with _in_one_sentence(name_or_path, "has no config that this transformers can read"):
+        return AutoConfig.from_pretrained(source, **_SAFE)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside a model.
+
+    Raises:
+        UsageError: no such model, or no tokenizer beside it.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(name_or_path)
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise UsageError(
+            f"{str(name_or_path)!r} has no tokenizer files; save the tokenizer into it with save_pretrained."
+        )
+    with _in_one_sentence(name_or_path, "has no tokenizer that this transformers can read"):
+        return AutoTokenizer.from_pretrained(source, **_SAFE)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder with ``adapter_config.json``: a run folder's best adapter, else its last; an adapter's own folder.
+
+    Raises:
+        UsageError: neither of the two; the message says what the folder is instead.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(_no_folder(folder, "a run folder or an adapter folder"))
+    for candidate in (folder, *(folder / kept for kept in KEPT)):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            return candidate
+    for candidate in (folder, *(folder / kept for kept in KEPT)):
+        if (candidate / _MODEL_CONFIG).is_file():
+            raise UsageError(f"{str(candidate)!r} holds a whole model, not an adapter; give it as the model.")
+    inside = sorted(config.parent.name for config in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inside:
+        raise UsageError(f"{str(path)!r} holds several adapters: {listed(inside)}; name one of these folders.")
+    raise UsageError(
+        f"{str(path)!r} is neither a run folder nor an adapter folder: there is no {ADAPTER_CONFIG} in it, "
+        f"in {KEPT[0]}/ or in {KEPT[1]}/."
+    )
+
+
+_SAFE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def _check_report(
+    name: str, model: PreTrainedModel, report: dict[str, Any], *, whole: bool, options: dict[str, Any]
+) -> None:
+    """Refuse a model with random weights where trained ones belong; say which others are fresh or unused."""
+    kind = type(model).__name__
+    mismatched = sorted(key for key, *_ in report["mismatched_keys"])
+    if mismatched and not options.get("ignore_mismatched_sizes"):
+        key, saved, wanted = min(report["mismatched_keys"])
+        raise UsageError(
+            f"{name!r} does not fit its own config: {key} is {tuple(saved)} in the weights and {tuple(wanted)} in "
+            f"{kind}, and {len(mismatched) - 1} more differ; expected weights and config of the same model."
+        )
+    fresh = sorted({*report["missing_keys"], *mismatched})
+    if fresh and whole:
+        raise UsageError(
+            f"{name!r} has no weights for {listed(fresh, most=3)}, which {kind} needs; expected a complete model."
+        )
+    if fresh:
+        warnings.warn(f"{name!r} has no weights for {listed(fresh, most=4)}: they start at random.", stacklevel=3)
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        warnings.warn(f"{kind} has no place for {listed(unused, most=4)} of {name!r}: not loaded.", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _log_errors_only() -> Iterator[None]:
+    """The load report of transformers is told in veneer's words instead."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _source(name_or_path: str | Path) -> str:
+    """What to hand to ``from_pretrained``: a folder with a model in it, or a hub name that can be reached."""
+    if not str(name_or_path).strip():
+        raise UsageError("The model's name is empty; expected a folder with a model in it, or a hub name.")
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if (folder / _MODEL_CONFIG).is_file():
+            return str(folder)
+        for kept in ("", *KEPT):
+            if (folder / kept / ADAPTER_CONFIG).is_file():
+                raise UsageError(
+                    f"{str(name_or_path)!r} holds an adapter, not a model; give its base as the model"
+                    f"{_base_of(folder / kept)} and this folder as the adapter."
+                )
+        raise UsageError(f"{str(name_or_path)!r} has no {_MODEL_CONFIG}; expected a folder with a model in it.")
+    name = str(name_or_path)
+    if folder.exists():
+        raise UsageError(f"{name!r} is a file; expected a folder with a model in it, or a hub name.")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(_no_folder(folder, "a folder with a model in it"))
+    if _out_of_reach(name):
+        raise UsageError(
+            f"{_no_folder(folder, 'a folder with a model in it')} As a hub name it is not in the cache, "
+            "and HF_HUB_OFFLINE keeps the hub switched off."
+        )
+    return name
+
+
+def _out_of_reach(name: str) -> bool:
+    """Whether a hub name has no copy in the cache while the hub is switched off."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, _MODEL_CONFIG), str)
+    except HFValidationError:
+        return True
+
+
+def _no_folder(folder: Path, expected: str) -> str:
+    """A sentence for a folder that is not there, with those of similar names beside it."""
+    beside = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
+    return f"There is no folder {str(folder)!r}; expected {expected}.{nearest(folder.name, beside)}"
+
+
+def _base_of(folder: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        return f" ({base})" if base else ""
+    return ""
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / _MODEL_CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, OSError) as error:
+        raise UsageError(f"{str(path)!r} is not readable as JSON: {error}.") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UsageError(f"{str(path)!r} names no model_type; expected the config of a transformers model.")
+    from transformers import CONFIG_MAPPING
+
+    if values["model_type"] not in CONFIG_MAPPING:
+        own_code = " The model brings code of its own, which is never run." if "auto_map" in values else ""
+        raise UsageError(
+            f"{str(path)!r} has model_type {values['model_type']!r}, which this transformers does not know."
+            f"{nearest(str(values['model_type']), CONFIG_MAPPING)}{own_code}"
+        )
+
+
+@contextlib.contextmanager
+def _in_one_sentence(name: str | Path, failure: str) -> Iterator[None]:
+    """Any failure inside a library's loader becomes one sentence; the original stays chained for debugging."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        reason = reason if len(reason) <= 200 else f"{reason[:197]}..."
+        raise UsageError(f"{str(name)!r} {failure}: {reason.rstrip('.')}.") from error
