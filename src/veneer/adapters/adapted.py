@@ -34,8 +34,11 @@ class AdaptedModel(nn.Module):
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
         self.enabled = True
-        self.trainable_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-        self.train(model.training)
+        if any(isinstance(slot.module, AdaptedLayer) for slot in self.index.slots.values()):
+            raise UsageError(
+                "This model is adapted already; use add_adapter or load_adapter on it, or unload() to start again."
+            )
+        self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

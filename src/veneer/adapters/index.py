@@ -33,8 +33,21 @@ class ModuleIndex:
 
     def __init__(self, model: nn.Module) -> None:
         found: dict[int, tuple[str, nn.Module, list[tuple[nn.Module, str]]]] = {}
+        owners: dict[int, list[str]] = {}
+        self.parameter_sizes: dict[str, int] = {}
+        trainable: set[str] = set()
+        self.checkpointing = False
 
         def visit(parent: nn.Module, prefix: str) -> None:
+            self.checkpointing = self.checkpointing or parent.__dict__.get("gradient_checkpointing", False)
+            for name, parameter in parent._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in owners:
+                    self.parameter_sizes[f"{prefix}{name}"] = parameter.numel()
+                if parameter.requires_grad:
+                    trainable.add(f"{prefix}{name}")
+                owners.setdefault(id(parameter), []).append(prefix[:-1])
             for name, child in parent._modules.items():
                 if child is None:
                     continue
@@ -48,8 +61,8 @@ class ModuleIndex:
         self.slots: dict[str, Slot] = {
             path: Slot(path, module, tuple(places), _kind(module, places)) for path, module, places in found.values()
         }
-        self.parameter_sizes: dict[str, int] = {name: p.numel() for name, p in model.named_parameters()}
-        self.tied = _tied(self.slots)
+        self.trainable = frozenset(trainable)
+        self.tied = frozenset(path for paths in owners.values() if len(set(paths)) > 1 for path in paths)
         self.model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
         self.output_path = self._output_path(model)
         self.head_paths = _head_paths(model)
@@ -92,16 +105,6 @@ def _kind(module: nn.Module, places: list[tuple[nn.Module, str]]) -> str | None:
         # That module reads its children's weights and never calls them: a wrapper there would do nothing.
         return None
     return next((name for name, accepts in _bases() if accepts(module)), None)
-
-
-def _tied(slots: dict[str, Slot]) -> frozenset[str]:
-    """The paths of modules that share a parameter with another module."""
-    owners: dict[int, list[str]] = {}
-    for path, slot in slots.items():
-        for parameter in slot.module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(path)
-    return frozenset(path for paths in owners.values() if len(paths) > 1 for path in paths)
 
 
 def _head_paths(model: nn.Module) -> tuple[str, ...]:

@@ -97,6 +97,8 @@ def _start(target: Target, init: AbstractInit, widen: bool, device: torch.device
     where = W.device if device is None else torch.device(device)
     fresh = {key: torch.empty(spec.shape, dtype=dtype, device=where) for key, spec in target.specs.items()}
     A, B = (fresh[key] for key in base.factor_names)
+    if where.type == "meta":
+        return fresh
     with torch.no_grad():
         init.fill(base, A, B, fresh.get("lora_B.bias"))
     return fresh
@@ -151,8 +153,10 @@ def _commit(
     if selection.biases:
         adapted.biases.add(name, {key: _bias_place(adapted, key) for key in selection.biases})
     if first:
-        for parameter in adapted.model.parameters():
-            parameter.requires_grad_(False)
+        for module in (adapted.model, *(slot.module for slot in adapted.index.slots.values())):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad = False
 
 
 def _bias_place(adapted: AdaptedModel, key: str) -> tuple[nn.Module, str]:

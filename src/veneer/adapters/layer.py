@@ -36,7 +36,7 @@ class AdaptedLayer(nn.Module):
         self.disable_adapters = False
         self.live: tuple[str, ...] = ()
         self.unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self.train(base_layer.training)
+        self.training = base_layer.training
 
     @property
     def base(self) -> AbstractBase:
@@ -79,8 +79,7 @@ class AdaptedLayer(nn.Module):
                 self.add_module(container, nn.ModuleDict())
             holders = getattr(self, container)
             if name not in holders:
-                holders[name] = _holder(specs[f"{container}.weight"].shape, bias=f"{container}.bias" in specs)
-                holders[name].train(self.training)
+                holders[name] = _holder(specs[f"{container}.weight"].shape)
             setattr(holders[name], leaf, parameter)
         self.variants[name], self.specs[name] = variant, specs
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
@@ -157,6 +156,11 @@ class AdaptedLayer(nn.Module):
         )
 
 
-def _holder(shape: tuple[int, ...], *, bias: bool) -> nn.Module:
-    """The module that carries ``weight`` (and ``bias``): a Linear, which its owner then gives its tensors."""
-    return nn.Linear(shape[1], shape[0], bias=bias, device="meta")
+def _holder(shape: tuple[int, ...]) -> nn.Module:
+    """The Linear that carries ``weight`` (and ``bias``), made without a start of its own: its tensors follow."""
+    holder = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(holder)
+    holder.out_features, holder.in_features = shape
+    holder.register_parameter("weight", None)
+    holder.register_parameter("bias", None)
+    return holder

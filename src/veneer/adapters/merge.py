@@ -102,7 +102,7 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
     if unties:
         _mark_untied(adapted.model)
     for name, parameter in adapted.model.named_parameters():
-        parameter.requires_grad_(name in adapted.trainable_before)
+        parameter.requires_grad_(name in adapted.index.trainable)
     return adapted.model
 
 

@@ -23,7 +23,6 @@ from veneer.adapters import files, lifecycle
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.inject import inject
-from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.loading import load_into
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed
@@ -57,7 +56,9 @@ def get_peft_model(
         TargetError: a pattern of the config matches nothing or nothing that can be adapted.
         UsageError: the model is adapted already.
     """
-    peft_model = PeftModel(_untouched(model))
+    if isinstance(model, PeftModel):
+        raise UsageError("This model is a PeftModel already; use add_adapter on it.")
+    peft_model = PeftModel(model)
     adapted = peft_model.base_model
     config = _with_base(peft_config, model, revision)
     inject(
@@ -84,7 +85,7 @@ class PeftModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.base_model = AdaptedModel(model)
-        self.train(model.training)
+        self.training = model.training
         self._take_signature()
 
     # Making and loading
@@ -118,7 +119,7 @@ class PeftModel(nn.Module):
             UsageError: no such adapter.
             AdapterFileError: a broken file, or one that does not fit the model.
         """
-        peft_model = cls(_untouched(model))
+        peft_model = cls(model)
         peft_model.load_adapter(
             model_id,
             adapter_name,
@@ -415,9 +416,8 @@ class PeftModel(nn.Module):
 
     def _prepare_checkpointing(self) -> None:
         """Let gradients enter through frozen embeddings when checkpointing was switched on beforehand."""
-        model = self.get_base_model()
-        if getattr(model, "is_activation_checkpointing", False):
-            model.enable_input_require_grads()  # type: ignore[operator]
+        if self.base_model.index.checkpointing and hasattr(self.get_base_model(), "enable_input_require_grads"):
+            self.get_base_model().enable_input_require_grads()  # type: ignore[operator]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ``torch.nn.Module.load_state_dict``; also takes one adapter's tensors, keyed as in its file.
@@ -448,14 +448,6 @@ def _forward_like(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _blank() -> PeftModel:
     return PeftModel.__new__(PeftModel)
-
-
-def _untouched(model: nn.Module) -> nn.Module:
-    if isinstance(model, PeftModel) or any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise UsageError(
-            "This model is adapted already; use add_adapter or load_adapter on it, or unload() to start again."
-        )
-    return model
 
 
 def _with_base(config: PeftConfig, model: nn.Module, revision: str | None) -> PeftConfig:

@@ -16,7 +16,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.active: str | None = None
-        self.train(original_module.training)
+        self.training = original_module.training
 
     @property
     def current(self) -> nn.Module:

@@ -121,7 +121,7 @@ class _Selector:
                 expression = re.compile(pattern)
                 paths = tuple(path for path in self.index.slots if expression.fullmatch(path))
             else:
-                paths = self.index.by_suffix.get(pattern, ())
+                paths = tuple(path for path in self.index.slots if path == pattern or path.endswith(f".{pattern}"))
             self.record(role, pattern, paths)
             found.update(dict.fromkeys(paths))
         return list(found)
