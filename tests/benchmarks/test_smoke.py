@@ -1,0 +1,51 @@
+"""The benchmark scripts run, on a shape too small to say anything about speed."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+COLUMNS = ["date", "benchmark", "case", "metric", "veneer", "peer", "ratio", "unit", "machine", "versions", "note"]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        assert reader.fieldnames == COLUMNS
+        return list(reader)
+
+
+def test_step_measures_both_peers(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    done = run("bench_step.py", "--tiny", "--case", "q,v", "--repeats", "1", "--length", "8", "--results", str(results))
+    assert done.returncode == 0, done.stderr
+    found = {row["metric"]: row for row in rows(results)}
+    assert set(found) == {"step time", "peak memory", "fraction of GEMM limit", "GEMM limit"}
+    assert float(found["step time"]["ratio"]) > 0
+    assert float(found["peak memory"]["veneer"]) > 0
+
+
+def test_inject_measures_both_peers_and_appends(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    results.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    done = run("bench_inject.py", "--tiny", "--repeats", "1", "--results", str(results))
+    assert done.returncode == 0, done.stderr
+    assert [row["metric"] for row in rows(results)] == ["get_peft_model"] * 2 + ["import"] * 2
+
+
+@pytest.mark.parametrize("script", ["bench_step.py", "bench_inject.py"])
+def test_unknown_options_are_refused(script: str) -> None:
+    done = run(script, "--sped")
+    assert done.returncode == 2
+    assert "--sped" in done.stderr
