@@ -1,20 +1,29 @@
-"""veneer: low-rank adaptation of any torch model, with PEFT's names and files."""
+"""veneer: low-rank adaptation of any torch model, with PEFT's names and files.
 
-from veneer.adapters.model import PeftModel, get_peft_model
-from veneer.core.config import LoraConfig, PeftConfig
-from veneer.core.errors import (
-    AdapterFileError,
-    BaseMismatchWarning,
-    ConfigError,
-    DataError,
-    DiskError,
-    MergeError,
-    TargetError,
-    TrainingError,
-    UsageError,
-    VeneerError,
-)
-from veneer.core.task_type import TaskType
+Each name is imported when it is first used, so that ``veneer -h`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.adapters.model import PeftModel, get_peft_model
+    from veneer.core.config import LoraConfig, PeftConfig
+    from veneer.core.errors import (
+        AdapterFileError,
+        BaseMismatchWarning,
+        ConfigError,
+        DataError,
+        DiskError,
+        MergeError,
+        TargetError,
+        TrainingError,
+        UsageError,
+        VeneerError,
+    )
+    from veneer.core.task_type import TaskType
 
 __all__ = [
     "AdapterFileError",
@@ -33,3 +42,21 @@ __all__ = [
     "VeneerError",
     "get_peft_model",
 ]
+
+_HOMES = {
+    "LoraConfig": "veneer.core.config",
+    "PeftConfig": "veneer.core.config",
+    "PeftModel": "veneer.adapters.model",
+    "TaskType": "veneer.core.task_type",
+    "get_peft_model": "veneer.adapters.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "veneer.core.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -84,3 +84,37 @@ class MergeReport:
     """The largest absolute difference of an output."""
     logit_scale: float
     """The largest absolute output, to judge the difference by."""
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """One module of a model, as the tree of a report shows it."""
+
+    path: str
+    """Its path in the model; empty for the model itself."""
+    type_name: str
+    """The name of its class."""
+    kind: str | None
+    """The base that can adapt it, or None."""
+    shape: tuple[int, int] | None
+    """(out, in) of its weight when it can be adapted."""
+    parameters: int
+    """Parameters in it and below it, each counted once."""
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """One adapted layer of a saved adapter, in numbers that show whether it learned anything."""
+
+    path: str
+    """The layer's path in the base model."""
+    r: int
+    """The rank on this layer."""
+    scaling: float
+    """The factor of the update."""
+    norm_A: float
+    """The Frobenius norm of A."""
+    norm_B: float
+    """The Frobenius norm of B; zero for an untrained adapter."""
+    norm_BA: float
+    """The Frobenius norm of the update, ``scaling * B A``."""

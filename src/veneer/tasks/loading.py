@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.core.errors import UsageError, listed, nearest
 from veneer.core.hub import CONFIG_NAME as ADAPTER_CONFIG
+from veneer.core.task_type import TaskType
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,21 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 """The precisions that a model can be loaded in; "auto" keeps the one that it was saved in."""
 KEPT = ("best", "last")
 """The adapters that a run folder keeps, the one to use first."""
+
+AUTO_CLASSES: dict[TaskType, str] = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.TRANSLATION: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
+    TaskType.QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
+    TaskType.SPEECH_SEQ_2_SEQ: "AutoModelForSpeechSeq2Seq",
+    TaskType.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+    TaskType.OTHER: "AutoModel",
+}
+"""The transformers class that gives a model the head of its task."""
 
 _MODEL_CONFIG = "config.json"
 _WHOLE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
@@ -68,6 +84,28 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
         _check_config(Path(source))
     with _in_one_sentence(name_or_path, "has no config that this transformers can read"):
         return AutoConfig.from_pretrained(source, **_SAFE)
+
+
+def empty_model(name_or_path: str | Path, *, auto_class: str | None = None) -> PreTrainedModel:
+    """A model's modules on the meta device: shapes without weights, so that any size fits into memory.
+
+    Args:
+        name_or_path: as for ``load_model``; only the config has to be there.
+        auto_class: the auto class to build; None builds the architecture that the config names.
+
+    Raises:
+        UsageError: no such model, or a config that ``auto_class`` has no model for.
+    """
+    import torch
+    import transformers
+
+    config = load_config(name_or_path)
+    wanted = auto_class
+    if wanted is None:
+        wanted = next((name for name in config.architectures or [] if hasattr(transformers, name)), "AutoModel")
+    found = getattr(transformers, wanted)
+    with _in_one_sentence(name_or_path, f"cannot be built as {wanted}"), torch.device("meta"):
+        return found.from_config(config) if wanted.startswith("Auto") else found(config)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -125,7 +163,7 @@ def _check_report(
         key, saved, wanted = min(report["mismatched_keys"])
         raise UsageError(
             f"{name!r} does not fit its own config: {key} is {tuple(saved)} in the weights and {tuple(wanted)} in "
-            f"{kind}, and {len(mismatched) - 1} more differ; expected weights and config of the same model."
+            f"{kind}; in all {len(mismatched)} differ; expected weights and config of the same model."
         )
     fresh = sorted({*report["missing_keys"], *mismatched})
     if fresh and whole:
