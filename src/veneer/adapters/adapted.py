@@ -41,7 +41,7 @@ class AdaptedModel(nn.Module):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self._modules["model"](*args, **kwargs)  # type: ignore[misc]
 
     def layers_of(self, name: str) -> dict[str, AdaptedLayer]:
         """The layers that an adapter is on."""

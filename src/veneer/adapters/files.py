@@ -19,7 +19,7 @@ from veneer.adapters.fingerprint import differs, fingerprint
 from veneer.adapters.targets import Selection, select
 from veneer.core.config import PeftConfig, read_json
 from veneer.core.disk import write_whole
-from veneer.core.errors import AdapterFileError, BaseMismatchWarning, UsageError, listed, nearest
+from veneer.core.errors import AdapterFileError, BaseMismatchWarning, TargetError, UsageError, listed, nearest
 from veneer.core.hub import CONFIG_NAME, WEIGHTS_NAME, locate
 
 PREFIX = "base_model.model."
@@ -178,7 +178,10 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         AdapterFileError: a tensor that the model and config have no place for, a missing one, or one of another
             shape; all are named.
     """
-    selection = select(adapted.index, files.config, from_file=True)
+    try:
+        selection = select(adapted.index, files.config, from_file=True)
+    except TargetError as error:
+        raise AdapterFileError(f"{files.source} does not fit this model: {error}{_other_model(files.config)}") from None
     left = dict(files.tensors)
     problems: list[str] = []
 
@@ -221,7 +224,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     if problems:
         raise AdapterFileError(
             f"{files.source} does not fit this model and its config: {listed(problems, most=5)}."
-            f"{_other_model(files.config, adapted)}"
+            f"{_other_model(files.config)}"
         )
     return Fitted(selection, factors, whole, biases, embeddings)  # type: ignore[arg-type]
 
@@ -247,7 +250,7 @@ def _clause(key: str, expected: list[str]) -> str:
     return f" ({close.rstrip('?').replace('Did you mean', 'nearest')})" if close else ""
 
 
-def _other_model(config: PeftConfig, adapted: AdaptedModel) -> str:
+def _other_model(config: PeftConfig) -> str:
     name = config.base_model_name_or_path
     return f" The adapter was made for {name!r}." if name else ""
 

@@ -62,7 +62,12 @@ class ModuleIndex:
             path: Slot(path, module, tuple(places), _kind(module, places)) for path, module, places in found.values()
         }
         self.trainable = frozenset(trainable)
-        self.tied = frozenset(path for paths in owners.values() if len(set(paths)) > 1 for path in paths)
+        self.tied: dict[str, tuple[str, ...]] = {
+            path: tuple(other for other in dict.fromkeys(paths) if other != path)
+            for paths in owners.values()
+            if len(set(paths)) > 1
+            for path in paths
+        }
         self.model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
         self.output_path = self._output_path(model)
         self.head_paths = _head_paths(model)

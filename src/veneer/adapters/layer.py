@@ -7,7 +7,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from veneer.adapters.index import view
+from veneer.core import registry
 from veneer.core.base import AbstractBase
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
@@ -25,6 +25,8 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.kind = kind
+        # Looked up once: a compiler that traces the forward cannot follow the registry.
+        self.base_class: type[AbstractBase] = registry.load("bases", kind).Base
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -43,7 +45,7 @@ class AdaptedLayer(nn.Module):
         """The view on where W lives."""
         module = self._modules["base_layer"]
         assert module is not None
-        return view(self.kind, module)
+        return self.base_class(module)
 
     @property
     def merged(self) -> bool:

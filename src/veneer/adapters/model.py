@@ -439,7 +439,7 @@ def _forward_like(cls: type[nn.Module]) -> Callable[..., Any]:
     """A forward for PeftModel with the signature of the wrapped class's."""
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+        return self._modules["base_model"](*args, **kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     forward.__doc__ = cls.forward.__doc__

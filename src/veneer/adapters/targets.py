@@ -172,12 +172,28 @@ class _Selector:
             if slot.kind is None:
                 raise TargetError(self.not_adaptable(slot))
         if not slots:
-            raise TargetError(
-                f"target_modules={self.config.target_modules!r} leaves no module to adapt: "
-                f"{len(paths)} matched, and exclude_modules, modules_to_save or layers_to_transform take them all."
+            reason = (
+                f"leaves no module to adapt: {len(paths)} matched, and exclude_modules, modules_to_save or "
+                "layers_to_transform take them all."
+                if paths
+                else "matches no module of this model."
             )
+            raise TargetError(f"target_modules={self.config.target_modules!r} {reason}")
+        self.warn_of_ties(slots)
         order = {path: number for number, path in enumerate(self.index.slots)}
         return sorted(slots, key=lambda slot: order[slot.path])
+
+    def warn_of_ties(self, slots: list[Slot]) -> None:
+        """An update on one of several modules that share a weight does not reach the others."""
+        adapted = {slot.path for slot in slots}
+        for slot in slots:
+            others = [path for path in self.index.tied.get(slot.path, ()) if path not in adapted]
+            if others:
+                warnings.warn(
+                    f"The adapter on {slot.path!r} does not reach {listed(others)}, which share its weight; "
+                    "name them in target_modules too, if they are to be adapted.",
+                    stacklevel=7,
+                )
 
     def default_names(self) -> list[str]:
         model_type = self.index.model_type

@@ -28,6 +28,7 @@ _VENEER_TASK = "veneer_task_type"
 
 # Fields of PEFT's LoraConfig that nothing here implements yet, with the only value that is accepted.
 _NOT_BUILT: dict[str, Any] = {
+    "runtime_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "trainable_token_indices": None,
@@ -48,6 +49,9 @@ _NOT_BUILT: dict[str, Any] = {
     "kasa_config": None,
     "ensure_weight_tying": False,
 }
+
+# PEFT keeps these out of its file: they say how this machine runs the adapter.
+_NOT_SAVED = frozenset({"runtime_config"})
 
 C = TypeVar("C", bound=type)
 
@@ -123,7 +127,7 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, in the spelling that PEFT reads, keys sorted."""
-        values: dict[str, Any] = dict(self.not_built)
+        values: dict[str, Any] = {key: value for key, value in self.not_built.items() if key not in _NOT_SAVED}
         for f in dataclasses.fields(self):
             values[f.name] = _plain(getattr(self, f.name))
         values["peft_version"] = PEFT_FORMAT

@@ -112,9 +112,9 @@ class LayerNorms:
     """The rank on this layer."""
     scaling: float
     """The factor of the update."""
-    norm_A: float
+    a_norm: float
     """The Frobenius norm of A."""
-    norm_B: float
+    b_norm: float
     """The Frobenius norm of B; zero for an untrained adapter."""
-    norm_BA: float
+    update_norm: float
     """The Frobenius norm of the update, ``scaling * B A``."""
