@@ -66,7 +66,8 @@ def adapter_state(
     """
     own: dict[str, tuple[str, Tensor]] = {}
     tensor: Tensor
-    for path, layer in adapted.layers_of(name).items():
+    mine = adapted.layers_of(name)
+    for path, layer in mine.items():
         for key, tensor in layer.tensors(name).items():
             container, _, leaf = key.partition(".")
             memory = f"{path}.{container}.{name}" + (f".{leaf}" if leaf else "")
@@ -213,11 +214,13 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     for bias in selection.biases:
         path, _, leaf = bias.rpartition(".")
         key = f"{path}.base_layer.{leaf}" if path in targeted else bias
-        biases[bias] = take(key, (adapted.index.parameter_sizes[bias],))
+        biases[bias] = take(key, tuple(adapted.original(bias).shape))
     embeddings = _embeddings_in(adapted, left, problems)
-    for key in [key for key in left if ".original_module." in key]:
-        # PEFT's bias="all" also writes the frozen head behind modules_to_save; it is never used.
-        del left[key]
+    for path in whole:
+        # PEFT's bias="all" writes the biases of a module saved whole three times; only one of them is used.
+        for inside in ("original_module.", "modules_to_save."):
+            for key in [key for key in left if key.startswith(f"{PREFIX}{path}.{inside}")]:
+                del left[key]
     if left:
         expected = [f"{PREFIX}{path}.{key}" for path, keyed in {**factors, **whole}.items() for key in keyed]
         problems.extend(f"{key} has no place in this model{_clause(key, expected)}" for key in left)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
-import os
-import re
-import shutil
-import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -24,9 +16,10 @@ from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.inject import inject
 from veneer.adapters.loading import load_into
+from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trainer, with_base
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed
-from veneer.core.hub import WEIGHTS_NAME, WHERE
+from veneer.core.hub import WHERE
 from veneer.core.records import MatchReport
 
 
@@ -60,7 +53,7 @@ def get_peft_model(
         raise UsageError("This model is a PeftModel already; use add_adapter on it.")
     peft_model = PeftModel(model)
     adapted = peft_model.base_model
-    config = _with_base(peft_config, model, revision)
+    config = with_base(peft_config, model, revision)
     inject(
         adapted,
         adapter_name,
@@ -151,7 +144,7 @@ class PeftModel(nn.Module):
         inject(
             self.base_model,
             adapter_name,
-            _with_base(peft_config, self.get_base_model(), None),
+            with_base(peft_config, self.get_base_model(), None),
             autocast_adapter_dtype=autocast_adapter_dtype,
             device="meta" if low_cpu_mem_usage else None,
         )
@@ -248,7 +241,7 @@ class PeftModel(nn.Module):
             )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _leave_for_trainer(folder)
+        leave_for_trainer(folder)
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Kept because transformers' Trainer calls it after writing its own card, which stands as it is."""
@@ -382,18 +375,14 @@ class PeftModel(nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        peft = sys.modules.get("peft")
-        modules = self.__dict__.get("_modules", {})
-        if "base_model" not in modules:
-            return PeftModel
-        return getattr(peft, "PeftModel", None) or type(modules["base_model"].model)
+        base_model = self.__dict__.get("_modules", {}).get("base_model")
+        return PeftModel if base_model is None else apparent_class(base_model.model)
 
     def _get_name(self) -> str:
         return "PeftModel"
 
     def _take_signature(self) -> None:
-        # The Trainer drops every data column that is not in the signature of the instance's forward.
-        self.__dict__["forward"] = types.MethodType(_forward_like(type(self.base_model.model)), self)  # type: ignore[arg-type]
+        self.__dict__["forward"] = types.MethodType(forward_like(type(self.base_model.model)), self)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "forward"}
@@ -434,44 +423,5 @@ class PeftModel(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
 
-@functools.cache
-def _forward_like(cls: type[nn.Module]) -> Callable[..., Any]:
-    """A forward for PeftModel with the signature of the wrapped class's."""
-
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return self._modules["base_model"](*args, **kwargs)
-
-    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    forward.__doc__ = cls.forward.__doc__
-    return forward
-
-
 def _blank() -> PeftModel:
     return PeftModel.__new__(PeftModel)
-
-
-def _with_base(config: PeftConfig, model: nn.Module, revision: str | None) -> PeftConfig:
-    """A copy of the config that knows its base model."""
-    name = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None)
-    mapping = config.auto_mapping
-    if config.task_type is None and mapping is None:
-        mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return replace(
-        config,
-        base_model_name_or_path=str(name) if name else config.base_model_name_or_path,
-        revision=revision or config.revision,
-        auto_mapping=mapping,
-    )
-
-
-def _leave_for_trainer(folder: Path) -> None:
-    """Without PEFT installed, transformers' Trainer looks in its checkpoints for ``model.safetensors`` alone."""
-    if not re.fullmatch(r"checkpoint-\d+", folder.name) or not (folder / WEIGHTS_NAME).is_file():
-        return
-    if importlib.util.find_spec("peft") is None:
-        twin = folder / "model.safetensors"
-        twin.unlink(missing_ok=True)
-        try:
-            os.link(folder / WEIGHTS_NAME, twin)
-        except OSError:
-            shutil.copyfile(folder / WEIGHTS_NAME, twin)

@@ -299,12 +299,13 @@ class _Selector:
             found = [name for name in names if name in self.index.parameter_sizes]
         else:
             inside = [slot.path for slot in saved]
+            # PEFT's rule, which leaves out nn.MultiheadAttention's in_proj_bias.
             found = [
                 name
                 for name in self.index.parameter_sizes
-                if "bias" in name.split(".")[-1] and not _inside(name, inside)
+                if name.split(".")[-1] == "bias" and not _inside(name, inside)
             ]
-        if not found:
+        if not found and not self.from_file:
             raise ConfigError(
                 f"bias={self.config.bias!r}, but {'no adapted module has' if targets else 'the model has no'} a bias; "
                 "use bias='none'."
