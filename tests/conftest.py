@@ -22,6 +22,8 @@ THIRD_PARTY = (
     "ignore::FutureWarning:torch.*",
     "ignore:Can't initialize NVML:UserWarning",
     "ignore:.*pin_memory.*no accelerator is found:UserWarning",
+    # PEFT asks transformers by a name that transformers has since changed.
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
     # SWIG types met when sentencepiece or similar extensions are first imported.
     "ignore:builtin type [Ss]wig.*:DeprecationWarning",
 )
