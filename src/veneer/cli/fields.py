@@ -81,9 +81,8 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     hint = get_type_hints(LoraConfig)[field.name]
     flag = f"--{field.name.replace('_', '-')}"
     options: dict[str, Any] = {
-        "help": field_docs(LoraConfig)[field.name].replace("[", "\\["),
+        "help": field_docs(LoraConfig)[field.name].replace("[", "\\[") + _shown_default(field),
         "rich_help_panel": PANEL,
-        "show_default": _shown_default(field),
     }
     annotation: Any
     if hint is bool:
@@ -95,16 +94,12 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _shown_default(field: dataclasses.Field[Any]) -> str | bool:
-    if field.default in (None, dataclasses.MISSING):
-        return False
-    return (
-        {True: "true", False: "false"}.get(field.default, str(field.default)) if _is_bool(field) else f"{field.default}"
-    )
-
-
-def _is_bool(field: dataclasses.Field[Any]) -> bool:
-    return isinstance(field.default, bool)
+def _shown_default(field: dataclasses.Field[Any]) -> str:
+    """The default for the help. It is not the flag's own default, so that absent flags can be told apart."""
+    if field.default is None or field.default is dataclasses.MISSING:
+        return ""
+    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f" [dim]\\[default: {value}][/]"
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

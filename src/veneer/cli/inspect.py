@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.fields import adapter_config, adapter_options
+from veneer.cli.fields import adapter_config, adapter_fields, adapter_options
 from veneer.cli.output import console
 from veneer.core.errors import TargetError, UsageError
 from veneer.core.hub import CONFIG_NAME
@@ -114,7 +114,12 @@ def _adapter(name: str) -> dict[str, Any]:
     folder = adapter_folder(name)
     read = files.read(folder)
     defaults = {f.name: f.default for f in dataclasses.fields(read.config)}
-    config = {key: value for key, value in dataclasses.asdict(read.config).items() if value != defaults[key] and value}
+    shown = {"r", "lora_alpha", "task_type", "base_model_name_or_path", *(f.name for f in adapter_fields())}
+    config = {
+        key: value
+        for key, value in dataclasses.asdict(read.config).items()
+        if key in shown and (key in ("r", "lora_alpha") or (value and value != defaults[key]))
+    }
     layers = layer_norms(read.config, read.tensors)
     whole = [key for key in read.tensors if not any(key.startswith(_key_of(layer)) for layer in layers)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in read.tensors.values())
@@ -124,7 +129,7 @@ def _adapter(name: str) -> dict[str, Any]:
     screen.print(facts(config, title="Config"), "", norm_table(layers))
     if whole:
         screen.print(facts({key: tuple(read.tensors[key].shape) for key in whole}, title="Other tensors"))
-    if layers and all(layer.norm_BA == 0.0 for layer in layers):
+    if layers and all(layer.update_norm == 0.0 for layer in layers):
         console(stderr=True).print("Every update is zero: this adapter changes nothing.", style="yellow")
     return {
         "adapter": str(folder),
@@ -164,7 +169,9 @@ def layer_norms(config: Any, tensors: dict[str, Tensor]) -> list[LayerNorms]:
             product = ((A_RI @ A_RI.T) * (B_OR.T @ B_OR)).sum().clamp(min=0).sqrt().item()
             norms = (A_RI.norm().item(), B_OR.norm().item(), scaling * product)
             found.append(LayerNorms(path, r, scaling, *norms))
-    return found
+    return sorted(
+        found, key=lambda layer: [part.zfill(6) if part.isdigit() else part for part in layer.path.split(".")]
+    )
 
 
 def _alpha(config: Any, path: str) -> float:

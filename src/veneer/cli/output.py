@@ -56,31 +56,31 @@ def write_document(stream: TextIO, value: Any) -> None:
     stream.flush()
 
 
+def quiet_libraries() -> None:
+    """Switch off the bars and notes of libraries that are yet to be imported: they are noise around a verb's own."""
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+    ):
+        os.environ.setdefault(name, value)
+
+
 @contextlib.contextmanager
 def for_humans(*, as_json: bool) -> Iterator[TextIO]:
-    """The surroundings of a verb: warnings as one line each on stderr, no bars of libraries.
+    """The surroundings of a verb: warnings as one line each on stderr.
 
     Yields:
         The stream for the JSON document: stdout. Under ``as_json`` everything else that is printed, by a library
         too, goes to stderr.
     """
     document = sys.stdout
-    _quiet_libraries()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = _show_warning
         if as_json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         yield document
-
-
-def _quiet_libraries() -> None:
-    """Bars of loading and saving are noise around a verb's own output; read when the libraries are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "transformers" in sys.modules:
-        from transformers.utils 
-        logging.disable_progress_bar()
 
 
 def _show_warning(

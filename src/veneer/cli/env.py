@@ -1,0 +1,94 @@
+"""``veneer env``: what a bug report needs to know about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "veneer",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface-hub",
+    "peft",
+    "gguf",
+    "pyarrow",
+)
+"""Packages whose versions are told: those veneer needs and those it works with."""
+
+
+def env() -> dict[str, Any]:
+    """Show versions, devices, threads, memory and caches.
+
+    Example: veneer env
+    """
+    from veneer.cli.output import console
+    from veneer.report.tables import sections
+
+    facts = environment()
+    console().print(sections(facts))
+    return facts
+
+
+def environment() -> dict[str, Any]:
+    """The facts, in sections: from section to a mapping of name to value. Memory is in bytes."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "device": _devices(),
+        "memory": _memory(),
+        "caches": _caches(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "used": "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu",
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _memory() -> dict[str, int | None]:
+    """Total and available bytes where the system tells (Linux); otherwise None."""
+    found: dict[str, int | None] = {"total": None, "available": None}
+    meminfo = Path("/proc/meminfo")
+    if sys.platform == "linux" and meminfo.is_file():
+        kilobytes = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        found["total"] = int(kilobytes["MemTotal"].split()[0]) * 1024
+        found["available"] = int(kilobytes["MemAvailable"].split()[0]) * 1024
+    return found
+
+
+def _caches() -> dict[str, Any]:
+    from huggingface_hub import constants
+
+    from veneer.tasks.smollm import cache_folder
+
+    return {
+        "hub": str(constants.HF_HUB_CACHE),
+        "veneer": str(cache_folder()),
+        "hub_offline": bool(constants.HF_HUB_OFFLINE),
+    }

@@ -1,0 +1,95 @@
+"""``veneer generate``: one model's answer as it is written, or several adapters' answers side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli.output import console
+from veneer.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from veneer.adapters.model import PeftModel
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="The base model: a folder, or a hub name.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help='What to answer; "-" reads it from stdin.', show_default=False)],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="A run or adapter folder; repeat it to compare several.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The seed of the draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the saved one.")] = "float32",
+) -> dict[str, Any]:
+    """Answer a prompt.
+
+    The tokenizer's chat template is used when it has one. With several adapters, all are loaded onto one copy of
+    the base, and their answers stand side by side after the base's own.
+
+    Example: veneer generate --model ./model --adapter ./run --prompt "Say hello."
+    """
+    from veneer.evaluate.generation import BASE, Sampling, answer, answers, encode
+    from veneer.report.tables import side_by_side
+    from veneer.tasks.loading import adapter_folder, load_model, load_tokenizer
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    folders = [adapter_folder(path) for path in adapter or []]
+    names = adapter_names(adapter or [])
+    text = sys.stdin.read() if prompt == "-" else prompt
+    tokenizer = load_tokenizer(model)
+    encoded = encode(tokenizer, text, system=system)
+    loaded: Any = load_model(model, dtype=dtype)
+    if folders:
+        loaded = with_adapters(loaded, folders, names)
+    screen = console()
+    if len(folders) > 1:
+        found = answers(loaded, tokenizer, encoded, sampling, names)
+        screen.print(side_by_side({a.adapter: a.text for a in found}))
+    else:
+        name = names[0] if names else BASE
+        found = [answer(loaded, tokenizer, encoded, sampling, name=name, on_text=_show)]
+        screen.print()
+    for one in found:
+        ending = "" if one.stopped else f", cut at --max-new-tokens {max_new_tokens}"
+        speed = one.tokens / max(one.seconds, 1e-9)
+        note = f"{one.adapter}: {one.tokens} tokens, {speed:.1f} a second{ending}"
+        console(stderr=True).print(note, style="dim", markup=False)
+    return {"model": model, "prompt": text, "system": system, "sampling": sampling, "answers": found}
+
+
+def adapter_names(paths: list[str]) -> list[str]:
+    """A short name for each adapter folder: its own, or as much of the path as tells them apart.
+
+    Raises:
+        UsageError: the same folder twice.
+    """
+    parts = [Path(path).expanduser().resolve().parts for path in paths]
+    if len(set(parts)) != len(parts):
+        raise UsageError(f"The same adapter is given twice: {', '.join(paths)}.")
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-length:]).replace(".", "_") for part in parts]
+        if len(set(names)) == len(names) and "base" not in names:
+            return names
+    raise UsageError(f"These adapters cannot be told apart by their names: {', '.join(paths)}.")
+
+
+def with_adapters(model: Any, folders: list[Path], names: list[str]) -> PeftModel:
+    """All adapters on one copy of the base, the first active, none trainable."""
+    from veneer.adapters.model import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, folders[0], names[0])
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        adapted.load_adapter(folder, name)
+    return adapted
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

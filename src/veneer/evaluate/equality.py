@@ -1,0 +1,86 @@
+"""Do two models give the same outputs? The check after a merge and after a reload."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.errors import UsageError
+
+_TOKENS = 32
+_ROWS = 2
+# Roundings between two orders of the same sums, in units of the dtype's epsilon, about four times what correct
+# merges of models of 2 to 30 layers show. Sums are kept in float32, so the halves are rounded once a layer only.
+_SLACK = {torch.bfloat16: 16.0, torch.float16: 16.0, torch.float32: 128.0, torch.float64: 128.0}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two outputs on the same input are apart."""
+
+    largest: float
+    """The largest absolute difference of an output; NaN when either has values that are not finite."""
+    scale: float
+    """The largest absolute value of the first output."""
+    dtype: torch.dtype
+    """The precision that the models compute in."""
+
+    @property
+    def bound(self) -> float:
+        """The largest difference that rounding in this dtype explains."""
+        return _SLACK[self.dtype] * torch.finfo(self.dtype).eps * self.scale
+
+    @property
+    def equal(self) -> bool:
+        """Whether the difference is no more than rounding."""
+        return math.isfinite(self.largest) and self.largest <= self.bound
+
+
+def fixed_input(model: nn.Module) -> dict[str, Tensor]:
+    """The same input every time for a model: token ids, or an image, that touch its whole range.
+
+    Raises:
+        UsageError: a model that takes neither.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    name = model.main_input_name
+    if name == "input_ids":
+        vocabulary = config.get_text_config().vocab_size
+        ids = (torch.arange(_ROWS * _TOKENS, device=device) * 7919 % vocabulary).reshape(_ROWS, _TOKENS)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return {**given, "decoder_input_ids": ids} if config.is_encoder_decoder else given
+    if name == "pixel_values":
+        side = config.image_size
+        shape = (1, config.num_channels, side, side) if isinstance(side, int) else (1, config.num_channels, *side)
+        return {name: torch.linspace(-1, 1, math.prod(shape), device=device).reshape(shape).to(_dtype(model))}
+    raise UsageError(
+        f"{type(model).__name__} takes {name}, for which there is no fixed input to compare two models on; "
+        "merge it in Python with merge_and_unload()."
+    )
+
+
+def outputs(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """The model's first output on an input, in float32, without dropout. The model's mode is kept."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            result = model(**given)[0]
+    finally:
+        model.train(training)
+    return result.float()
+
+
+def difference(expected: Tensor, found: Tensor, dtype: torch.dtype) -> Difference:
+    """Compare two outputs of models that compute in ``dtype``."""
+    largest = (expected - found).abs().max().item() if expected.shape == found.shape else math.nan
+    return Difference(largest, expected.abs().max().item(), dtype)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
