@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from veneer.core.config import LoraConfig, PeftConfig
+from veneer.core.config import PeftConfig
 from veneer.core.records import MatchReport
 
 _MARK = "<!-- Written by veneer; delete this line to keep your own edits. -->"
@@ -36,16 +36,16 @@ def model_card(config: PeftConfig, report: MatchReport, *, bytes_on_disk: int, f
         bytes_on_disk: the size of its tensors.
         figures: results to state, e.g. ``{"held-out loss": "1.92 -> 1.41"}``.
     """
-    assert isinstance(config, LoraConfig)
     base = config.base_model_name_or_path or "unknown"
     ranks = Counter(target.r for target in report.targets)
     rank_text = ", ".join(f"{r} on {count} layers" for r, count in sorted(ranks.items()))
     names = Counter(target.path.split(".")[-1] for target in report.targets)
     rows = {
         "base model": base,
-        "method": f"{config.peft_type}{' (rank-stabilised)' if config.use_rslora else ''}",
+        "method": str(config.peft_type),
         "rank": rank_text,
-        "alpha": f"{config.lora_alpha:g}",
+        "alpha": ", ".join(f"{alpha:g}" for alpha in sorted({target.lora_alpha for target in report.targets})),
+        "factor of the update": ", ".join(f"{s:g}" for s in sorted({target.scaling for target in report.targets})),
         "adapted modules": ", ".join(f"{name} x {count}" for name, count in sorted(names.items())),
         "modules trained whole": ", ".join(path for path, _ in report.saved) or "none",
         "trained parameters": f"{report.trainable:,} of {report.total:,} ({report.trainable / report.total:.2%})",

@@ -16,7 +16,7 @@ from veneer.adapters.lifecycle import remove
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.targets import Selection, Target, select
 from veneer.core import registry
-from veneer.core.config import LoraConfig, PeftConfig
+from veneer.core.config import LowRankConfig, PeftConfig
 from veneer.core.errors import UsageError
 from veneer.core.init import AbstractInit
 
@@ -54,7 +54,7 @@ def inject(
     check_name(name)
     if name in adapted.peft_config:
         raise UsageError(f"There is already an adapter {name!r}; delete it first, or choose another name.")
-    assert isinstance(config, LoraConfig)
+    assert isinstance(config, LowRankConfig)
     selection = selection or select(adapted.index, config)
     init: AbstractInit = registry.load("inits", selection.config.init).Init()
     fresh = {

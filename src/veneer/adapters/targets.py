@@ -16,7 +16,7 @@ from torch import nn
 from veneer.adapters.defaults import DEFAULT_TARGETS
 from veneer.adapters.index import ModuleIndex, Slot, view
 from veneer.core import registry
-from veneer.core.config import LoraConfig, PeftConfig
+from veneer.core.config import LowRankConfig, PeftConfig
 from veneer.core.errors import ConfigError, TargetError, listed, nearest
 from veneer.core.records import MatchReport, PatternMatch, Role, TargetRecord
 from veneer.core.task_type import TaskType
@@ -42,7 +42,7 @@ class Target:
 class Selection:
     """What a config means on a model."""
 
-    config: LoraConfig
+    config: LowRankConfig
     """A copy of the config with names resolved, as it is saved."""
     variant: AbstractVariant
     targets: tuple[Target, ...]
@@ -67,14 +67,14 @@ def select(index: ModuleIndex, config: PeftConfig, *, from_file: bool = False) -
         TargetError: a pattern matched nothing, or only modules that cannot be adapted.
         ConfigError: the variant has no meaning on a matched module.
     """
-    assert isinstance(config, LoraConfig)
+    assert isinstance(config, LowRankConfig)
     return _Selector(index, config, from_file).run()
 
 
 class _Selector:
     """One resolution: collects the pattern matches on its way."""
 
-    def __init__(self, index: ModuleIndex, config: LoraConfig, from_file: bool) -> None:
+    def __init__(self, index: ModuleIndex, config: LowRankConfig, from_file: bool) -> None:
         self.index = index
         self.config = config
         self.from_file = from_file
