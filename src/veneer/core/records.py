@@ -118,3 +118,55 @@ class LayerNorms:
     """The Frobenius norm of B; zero for an untrained adapter."""
     update_norm: float
     """The Frobenius norm of the update, ``scaling * B A``."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a training run did: ``result.json`` in its folder."""
+
+    model: str | None
+    """The base model's name or folder."""
+    task: str
+    """The kind of task."""
+    method: str
+    """What was trained: lora, full or head."""
+    steps: int
+    """Optimiser steps taken."""
+    planned_steps: int
+    """Optimiser steps that there were to take."""
+    interrupted: bool
+    """Whether the run was stopped before its end."""
+    seconds: float
+    """Duration of the steps, without loading and without measuring on held-out data."""
+    tokens_per_second: float
+    """Tokens read per second of these, padding not counted."""
+    peak_memory: int
+    """The most memory held, in bytes."""
+    trainable: int
+    """Parameters that learned."""
+    total: int
+    """Parameters of the model in use."""
+    train_loss: float | None
+    """The mean loss a trained token over the last tenth of the steps."""
+    held_out_before: dict[str, float] | None
+    """Metrics on the held-out data before the first step."""
+    held_out_after: dict[str, float] | None
+    """Metrics on the held-out data after the last step."""
+    best_loss: float | None
+    """The lowest loss on the held-out data after any step."""
+    best_step: int | None
+    """The step that it was reached at."""
+    data: dict[str, int]
+    """Counts of the training data: rows, examples, truncated, left out, tokens."""
+    held_out_data: dict[str, int] | None
+    """The same of the held-out data."""
+    best: str | None
+    """The folder of the adapter or model at ``best_step``."""
+    last: str | None
+    """The folder of the adapter or model after the last step."""
+    notes: tuple[str, ...]
+    """Everything the run had to decide or leave out, in sentences."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return asdict(self)

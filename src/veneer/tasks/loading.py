@@ -109,14 +109,15 @@ def empty_model(name_or_path: str | Path, *, auto_class: str | None = None) -> P
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside a model.
+    """The tokenizer that stands beside a model, or beside an adapter that was saved with one.
 
     Raises:
         UsageError: no such model, or no tokenizer beside it.
     """
     from transformers import AutoTokenizer
 
-    source = _source(name_or_path)
+    beside = Path(name_or_path).expanduser()
+    source = str(beside) if (beside / "tokenizer_config.json").is_file() else _source(name_or_path)
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         raise UsageError(

@@ -1,0 +1,1 @@
+"""Training: ``config.RunConfig`` says what a run is, ``loop.train`` runs it."""

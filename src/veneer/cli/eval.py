@@ -1,0 +1,104 @@
+"""``veneer eval``: loss, perplexity and token accuracy on a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli.output import console
+from veneer.cli.run_fields import run_options
+from veneer.core.errors import UsageError, listed
+from veneer.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from veneer.evaluate.scoring import Score
+
+
+@run_options("task", "max_length", "train_on", "batch_size")
+def evaluate(
+    data: Annotated[str, typer.Option(metavar="FILE", help="A data file, or a folder of them.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="A model folder or hub name; without it, the adapter's own base.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="RUN", help="A run or adapter folder.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the saved one.")] = "float32",
+    *,
+    run_values: dict[str, Any],
+) -> dict[str, Any]:
+    """Measure a model, with an adapter or without, on JSONL, CSV or Parquet.
+
+    Of a folder, the files called test are read, else those called valid, else all. Only answers count, as in
+    training; --train-on all counts every token.
+
+    Example: veneer eval --model ./model --adapter ./run --data test.jsonl
+    """
+    if model is None and adapter is None:
+        raise UsageError("Give --model, --adapter, or both.")
+    # Every field has RunConfig's default and check; an output is the one that evaluation does not need.
+    settings = RunConfig(**run_values, output="-")
+    files, note = _files(data)
+    score = _scored(model, adapter, files, settings, dtype)
+    notes = [*([note] if note else []), *score.notes]
+    _show(score, notes)
+    return {"model": model, "adapter": adapter, "files": files, **score.to_dict(), "notes": notes}
+
+
+def _files(data: str) -> tuple[list[Path], str | None]:
+    """The files to measure on, and a sentence when that is not all there are."""
+    from veneer.data.sources import HELD_OUT_NAMES, TEST_NAMES, chosen, data_files
+
+    files = data_files(data)
+    taken = chosen(files, TEST_NAMES) or chosen(files, HELD_OUT_NAMES) or files
+    note = f"Of {data}, {listed(file.name for file in taken)} is measured on." if len(taken) < len(files) else None
+    return taken, note
+
+
+def _scored(model: str | None, adapter: str | None, files: list[Path], settings: RunConfig, dtype: str) -> Score:
+    from veneer.adapters.model import PeftModel
+    from veneer.core.config import PeftConfig
+    from veneer.data.sources import read_rows
+    from veneer.evaluate.scoring import score
+    from veneer.tasks import task as tasks
+    from veneer.tasks.loading import adapter_folder, load_model, load_tokenizer
+
+    kind = tasks.get(settings.task)
+    folder = adapter_folder(adapter) if adapter is not None else None
+    rows = read_rows(files)
+    if model is None:
+        assert folder is not None
+        model = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if model is None:
+            raise UsageError(f"The adapter {str(folder)!r} does not say what its base is; give it as --model.")
+    loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype)
+    own = folder is not None and (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(folder if own and folder is not None else model)
+    if folder is not None:
+        loaded = PeftModel.from_pretrained(loaded, folder)
+    limit = tasks.longest_input(loaded.config)
+    return score(
+        loaded,
+        tokenizer,
+        rows,
+        task=settings.task,
+        max_length=min(settings.max_length, limit or settings.max_length),
+        train_on=settings.train_on,
+        batch_size=settings.batch_size,
+    )
+
+
+def _show(score: Score, notes: list[str]) -> None:
+    from veneer.report.tables import facts
+
+    data = score.data
+    rows = {name.replace("_", " "): f"{value:.4f}" for name, value in score.metrics.items()}
+    rows["measured on"] = f"{data.examples:,} examples, {data.trained_tokens:,} of {data.tokens:,} tokens"
+    if data.truncated or data.left_out:
+        rows["not measured"] = (
+            f"{data.tokens_cut:,} tokens of {data.truncated:,} truncated examples, {data.left_out:,} examples left out"
+        )
+    screen = console()
+    screen.print(facts(rows))
+    for note in notes:
+        screen.print(f"note: {note}", style="yellow", markup=False)

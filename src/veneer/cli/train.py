@@ -1,0 +1,103 @@
+"""``veneer train``: from a model and a data file to a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.cli.fields import adapter_options
+from veneer.cli.output import console
+from veneer.cli.run_fields import run_options
+from veneer.core.records import RunRecord
+from veneer.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.data.encode import EncodingReport
+    from veneer.train.prepare import Plan
+
+
+@adapter_options
+@run_options()
+def train(
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A YAML file with the fields below; flags override it.")
+    ] = None,
+    *,
+    run_values: dict[str, Any],
+    adapter_values: dict[str, Any],
+) -> RunRecord:
+    """Fine-tune a model on JSONL, CSV or Parquet.
+
+    Rows have messages, prompt + completion, instruction (+ input) + output, or text. The run folder gets run.yaml,
+    log.jsonl, loss.png, result.json, best/ and last/. Ctrl-C saves what was learned and exits with 130.
+
+    Example: veneer train --model ./model --data train.jsonl --output ./run --r 16 --target-modules all-linear
+    """
+    resolved = RunConfig.read(config, **run_values, **adapter_values)
+
+    from veneer.report.plots import loss_plot
+    from veneer.train import loop
+
+    screen = console()
+    result = loop.train(resolved, on_ready=lambda plan: _show_plan(screen, plan), console=console(stderr=True))
+    picture = loss_plot(result.folder)
+    _show_record(screen, result.record, picture)
+    if result.record.interrupted:
+        raise typer.Exit(130)
+    return result.record
+
+
+def _show_plan(screen: Console, plan: Plan) -> None:
+    """What is about to be trained, before the first step."""
+    from veneer.report.preview import preview
+    from veneer.report.tables import facts
+
+    trained = plan.trained
+    rows = {
+        "training data": _counts(plan.train_set.report),
+        "held out": _counts(plan.held_out.report) if plan.held_out else "nothing",
+        "trainable parameters": f"{trained.trainable:,} of {trained.total:,} ({trained.trainable / trained.total:.2%})",
+        "steps": f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch",
+    }
+    screen.print(preview(plan.preview(), origin=plan.shown.origin))
+    screen.print(facts(rows))
+    for note in plan.notes:
+        screen.print(f"note: {note}", style="yellow", markup=False)
+
+
+def _counts(report: EncodingReport) -> str:
+    text = f"{report.examples:,} examples, {report.trained_tokens:,} of {report.tokens:,} tokens trained"
+    text += f", {report.truncated:,} truncated"
+    if report.truncated:
+        text += f" (by {report.tokens_cut:,} tokens)"
+    if report.left_out:
+        text += f", {report.left_out:,} left out for having no token to train"
+    return text
+
+
+def _show_record(screen: Console, record: RunRecord, picture: Path) -> None:
+    from veneer.report.tables import facts
+
+    before, after = record.held_out_before, record.held_out_after
+    rows: dict[str, str] = {"steps": f"{record.steps:,} of {record.planned_steps:,}"}
+    if record.train_loss is not None:
+        rows["training loss, last steps"] = f"{record.train_loss:.4f}"
+    if before and record.best_loss is not None:
+        best = f"best {record.best_loss:.4f} after step {record.best_step:,}"
+        rows["held-out loss"] = (
+            f"{before['loss']:.4f} before, " + (f"{after['loss']:.4f} after, " if after else "") + best
+        )
+    rows["speed"] = f"{record.tokens_per_second:,.0f} tokens a second for {record.seconds:,.0f} s"
+    rows["most memory"] = f"{record.peak_memory / 1e9:.2f} GB"
+    rows["saved"] = ", ".join(path for path in (record.best, record.last, str(picture)) if path)
+    screen.print(facts(rows))
+    if before and record.best_loss is not None and record.best_loss >= before["loss"]:
+        screen.print("note: The held-out loss never fell below where it began.", style="yellow")
+    if record.model and not record.interrupted:
+        kept = record.best or record.last
+        flags = f"--model {record.model} --adapter {kept}" if record.method == "lora" else f"--model {kept}"
+        screen.print(f'Next: veneer generate {flags} --prompt "..."', markup=False, soft_wrap=True)

@@ -1,0 +1,77 @@
+"""What a run keeps: an adapter or a whole model with its tokenizer, written beside and then put in place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from torch import nn
+
+from veneer.adapters.model import PeftModel
+from veneer.core.errors import DiskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BEST = "best"
+LAST = "last"
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, figures: Mapping[str, str]) -> None:
+    """Write a model into a folder of its own; an older one in its place is replaced only by a whole new one.
+
+    Args:
+        model: an adapted model, of which the adapter is written, or a transformers model, which is written whole.
+        tokenizer: saved beside it, chat template included.
+        folder: where it will stand, e.g. ``run/best``.
+        figures: lines for the adapter's model card.
+
+    Raises:
+        DiskError: the disk is full or not writable; what stood there before still stands.
+    """
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        _write(model, tokenizer, beside, figures)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        cause = error.__cause__ if isinstance(error, DiskError) and error.__cause__ else error
+        reason = getattr(cause, "strerror", None) or cause
+        raise DiskError(f"Could not write {folder}: {reason}. What was there before is unchanged.") from error
+    finally:
+        for left in (beside, old):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, figures: Mapping[str, str]) -> None:
+    folder.mkdir(parents=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, tokenizer=tokenizer, figures=figures)
+        return
+    with _no_bars():
+        model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers would draw a bar of its own through the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,216 @@
+"""What a run is: one validated config, from flags, a YAML file or code. Defaults have their one home here.
+
+The adapter's fields are those of ``LoraConfig``, with its types, defaults and docstrings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from veneer.core.config import LoraConfig, PeftConfig, field_docs
+from veneer.core.errors import ConfigError, UsageError, listed, nearest
+from veneer.core.task_type import TaskType
+
+Method = Literal["lora", "full", "head"]
+
+LEARNING_RATES: dict[Method, float] = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
+"""The learning rate of each method when none is given."""
+
+_BOOKKEEPING = {f.name for f in dataclasses.fields(PeftConfig)}
+
+
+def adapter_fields() -> tuple[str, ...]:
+    """The names of the fields that say what the adapter is; they come from ``LoraConfig``."""
+    return tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name not in _BOOKKEEPING)
+
+
+def _adapter_definitions() -> dict[str, Any]:
+    hints, docs = get_type_hints(LoraConfig), field_docs(LoraConfig)
+    by_name = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    definitions: dict[str, Any] = {}
+    for name in adapter_fields():
+        given = by_name[name]
+        default: dict[str, Any] = (
+            {"default_factory": given.default_factory}
+            if given.default is dataclasses.MISSING
+            else {"default": given.default}
+        )
+        definitions[name] = (hints[name], Field(description=docs[name], **default))
+    return definitions
+
+
+_AdapterFields = create_model("_AdapterFields", **_adapter_definitions())
+
+
+class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
+    """One training run.
+
+    >>> config = RunConfig(model="./model", data="train.jsonl", output="runs/first", r=8, lora_alpha=16)
+
+    Raises:
+        ConfigError: an unknown field (the nearest is named), a missing one, or a bad value.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+
+    model: str | None = None
+    """The base model: a folder, or a name on the hub."""
+    data: str | None = None
+    """The training data: a .jsonl, .csv or .parquet file, or a folder of them."""
+    eval_data: str | None = None
+    """The held-out data; without it, a share of the training data is held out."""
+    eval_fraction: float = Field(0.05, ge=0, lt=1)
+    """The share of the training data to hold out when there is no held-out data; 0 holds out nothing."""
+    output: str
+    """The run folder to write; it must not exist, or be empty."""
+    task: str = "causal_lm"
+    """The kind of task."""
+    method: Method = "lora"
+    """What is trained: a low-rank adapter, the full model, or its output head alone."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training data; parts of one count too."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which to stop, instead of epochs."""
+    batch_size: int = Field(8, ge=1)
+    """Examples that go through the model at once, on each device."""
+    accumulation: int = Field(1, ge=1)
+    """Batches whose gradients make one step; the loss is averaged over all their trained tokens."""
+    learning_rate: float | None = Field(None, gt=0)
+    """The highest learning rate; without it, a customary one for the method."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warmup."""
+    warmup: float = Field(0.05, ge=0)
+    """Steps over which the learning rate rises: a share of all steps below 1, a number of steps from 1 on."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay, on matrices only."""
+    clip: float | None = Field(1.0, gt=0)
+    """The largest norm of the gradient; null does not clip."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: slower, with less memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """The arithmetic of the forward pass; what is trained stays in fp32."""
+    max_length: int = Field(1024, ge=2)
+    """Tokens after which an example is cut."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Which tokens are trained: the answers only, or all."""
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    """The seed of everything random."""
+    log_every: int = Field(1, ge=1)
+    """Steps between two lines of the log."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between two measurements on the held-out data; without it, one after each epoch."""
+
+    def __init__(self, **values: Any) -> None:
+        # pydantic's own error is a page; here it becomes the one sentence that users see.
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, type(self))) from None
+        self._check_adapter_fields()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _customary_rate(cls, values: Any) -> Any:
+        method = values.get("method", "lora")
+        if values.get("learning_rate") is None and method in LEARNING_RATES:
+            return {**values, "learning_rate": LEARNING_RATES[method]}
+        return values
+
+    def adapter(self, task_type: TaskType | None = None) -> LoraConfig:
+        """The adapter's config.
+
+        Raises:
+            ConfigError: a bad value or combination of the adapter's fields.
+        """
+        return LoraConfig(**{name: getattr(self, name) for name in adapter_fields()}, task_type=task_type)
+
+    def _check_adapter_fields(self) -> None:
+        if self.method == "lora":
+            self.adapter()
+            return
+        fields = type(self).model_fields
+        set_here = [
+            name
+            for name in adapter_fields()
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
+        if set_here:
+            raise ConfigError(
+                f"{listed(set_here)} has no meaning with method={self.method}; it describes a LoRA adapter."
+            )
+
+    @classmethod
+    def read(cls, path: str | Path | None, **overrides: Any) -> Self:
+        """The config of a YAML file, with fields replaced; without a file, the fields alone.
+
+        Raises:
+            UsageError: no such file, or it is not YAML with fields.
+            ConfigError: see ``RunConfig``.
+        """
+        return cls(**{**(read_fields(path) if path is not None else {}), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field with its value, those of other methods left out."""
+        left_out = set() if self.method == "lora" else set(adapter_fields())
+        return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
+
+    def to_yaml(self) -> str:
+        """The text of ``run.yaml``; ``RunConfig.read`` gives the same config back."""
+        import yaml
+
+        own = list(RunConfig.__annotations__)
+        values = self.to_dict()
+        ordered = {name: values[name] for name in (*own, *adapter_fields()) if name in values}
+        return str(yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True))
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields that a YAML file sets.
+
+    Raises:
+        UsageError: no such file, or it is not YAML with fields.
+    """
+    import yaml
+
+    place = Path(path).expanduser()
+    if not place.is_file():
+        beside = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise UsageError(f"There is no config file {str(path)!r}.{nearest(place.name, beside)}")
+    try:
+        values = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{str(path)!r} is not readable as YAML: {reason}.") from None
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{str(path)!r} holds {_kind(values)}; expected fields, one a line, as in 'model: ./model'.")
+    return dict(values)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _sentence(error: ValidationError, config: type[BaseModel]) -> str:
+    """The first of pydantic's complaints, all unknown fields together."""
+    found = error.errors(include_url=False)
+    unknown = [str(item["loc"][0]) for item in found if item["type"] == "extra_forbidden"]
+    if unknown:
+        known = list(config.model_fields)
+        hint = next(filter(None, (nearest(name, known) for name in unknown)), "")
+        return f"The run config has no field {listed(map(repr, unknown))}.{hint}"
+    first = found[0]
+    name = str(first["loc"][0]) if first["loc"] else "value"
+    if first["type"] == "missing":
+        return f"The run config has no {name}: {_description(config, name)}"
+    problem = first["msg"][0].lower() + first["msg"][1:]
+    return f"{name} is {first['input']!r}; {problem}."
+
+
+def _description(config: type[BaseModel], name: str) -> str:
+    text = config.model_fields[name].description or ""
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,361 @@
+"""The training loop, on accelerate: steps, held-out loss, what is kept, and the record of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.disk import write_text
+from veneer.core.errors import TrainingError, listed
+from veneer.core.records import RunRecord
+from veneer.tasks.task import Tally, measure
+from veneer.train import checkpoint
+from veneer.train.batches import groups, loader
+from veneer.train.config import RunConfig
+from veneer.train.interrupt import Interrupt
+from veneer.train.log import LOG_NAME, ProgressBar, RunLog, finite, peak_memory
+from veneer.train.methods import checkpointing
+from veneer.train.optimisers import adamw, scheduled
+from veneer.train.prepare import Plan, prepare
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG_NAME = "run.yaml"
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its record, and the trained model as it was after the last step."""
+
+    record: RunRecord
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer that was used, with the chat template that was used."""
+    folder: Path
+    """The run folder."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train_rows: Iterable[Mapping[str, Any]] | None = None,
+    eval_rows: Iterable[Mapping[str, Any]] | None = None,
+    on_ready: Callable[[Plan], None] | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Run one training from config to run folder.
+
+    >>> result = train(RunConfig(model="./model", data="train.jsonl", output="runs/first"))
+    >>> result.record.held_out_after["loss"]
+
+    The folder gets ``run.yaml``, ``log.jsonl``, ``result.json``, ``best/`` (lowest held-out loss) and ``last/``.
+    Ctrl-C ends the run after the step in hand and keeps what was learned; the record says ``interrupted``.
+
+    Args:
+        config: the run; its ``model`` and ``data`` are not read where the next four give them.
+        model: a loaded model, trained in place.
+        tokenizer: its tokenizer.
+        train_rows: examples as dicts with the columns that data files have.
+        eval_rows: held-out examples.
+        on_ready: called before the first step with all that is known by then.
+        console: where to draw a progress bar; None draws none.
+
+    Raises:
+        UsageError, ConfigError, DataError: whatever is wrong, before anything is written.
+        TrainingError: a loss or gradient that is not finite; what was learned before is kept in ``last/``.
+        DiskError: the disk is full or not writable.
+    """
+    from accelerate.utils import set_seed
+
+    accelerator = _accelerator(config.precision)
+    set_seed(config.seed)
+    plan = prepare(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        processes=accelerator.num_processes,
+    )
+    if on_ready is not None and accelerator.is_main_process:
+        on_ready(plan)
+    loop = Loop(plan, accelerator)
+    return loop.run(console if accelerator.is_main_process else None)
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """An accelerator of this precision. accelerate keeps it for the whole process, which may do several runs."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    wanted = "bf16" if precision == "bf16" else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=wanted)
+
+
+@final
+class Loop:
+    """One run on its way."""
+
+    def __init__(self, plan: Plan, accelerator: Accelerator) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.accelerator = accelerator
+        self.folder = Path(plan.config.output)
+        self.bare = plan.trained.model
+        optimiser = adamw(
+            self.bare.parameters(),
+            learning_rate=plan.config.learning_rate,
+            weight_decay=plan.config.weight_decay,
+        )
+        self.schedule = scheduled(optimiser, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
+        self.model, self.optimiser, self.loader = accelerator.prepare(self.bare, optimiser, loader(plan))
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.recent: deque[Tally] = deque(maxlen=max(1, plan.steps // 10))
+        self.unlogged = Tally()
+        self.before: dict[str, float] | None = None
+        self.after: dict[str, float] | None = None
+        self.measured_at = -1
+        self.best_loss = math.inf
+        self.best_step: int | None = None
+        self.saved_last = False
+
+    def run(self, console: Console | None) -> RunResult:
+        """All steps, with the measurements around them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(self.folder)
+        self._begin()
+        interrupted = False
+        with checkpointing(self.bare, self.config.gradient_checkpointing), Interrupt() as interrupt:
+            with ProgressBar(console, self.plan.steps) as self.bar:
+                try:
+                    self._first_measurement()
+                    self._steps(interrupt)
+                    interrupted = interrupt.asked and self.step < self.plan.steps
+                except KeyboardInterrupt:
+                    interrupted = True
+                except TrainingError as error:
+                    self.log.write("error", step=self.step, message=str(error))
+                    self._save_last()
+                    raise
+            if interrupted and self.step == 0:
+                self._undo()
+                raise KeyboardInterrupt
+            self._save_last()
+        self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.bare.eval()
+        record = self._record(interrupted)
+        if self.accelerator.is_main_process:
+            write_text(self.folder / RESULT_NAME, json.dumps(finite(record.to_dict()), indent=2) + "\n")
+            self.log.write("end", step=self.step, interrupted=interrupted)
+        return RunResult(record, self.bare, self.plan.tokenizer, self.folder)
+
+    # The parts of a run
+
+    def _begin(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
+        held_out = self.plan.held_out
+        self.log.write(
+            "start",
+            model=self.config.model,
+            task=self.config.task,
+            method=self.config.method,
+            steps=self.plan.steps,
+            trainable=self.plan.trained.trainable,
+            total=self.plan.trained.total,
+            data=self.plan.train_set.report.to_dict(),
+            held_out_data=held_out.report.to_dict() if held_out else None,
+            notes=list(self.plan.notes),
+        )
+
+    def _undo(self) -> None:
+        """Nothing was learned: leave no folder that would be in the way of the next attempt."""
+        for name in (CONFIG_NAME, LOG_NAME):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _first_measurement(self) -> None:
+        self.before = self._measure()
+
+    def _steps(self, interrupt: Interrupt) -> None:
+        self.model.train()
+        every = self.config.eval_every or self.plan.steps_per_epoch
+        each = groups(self.loader, self.config.accumulation)
+        while self.step < self.plan.steps and not interrupt.asked:
+            began = time.perf_counter()
+            tally, norm, tokens = self._one_step(next(each))
+            self.seconds += time.perf_counter() - began
+            self.step += 1
+            self.tokens += tokens
+            self.recent.append(tally)
+            self._log_step(tally, norm)
+            if self.step % every == 0 or self.step == self.plan.steps:
+                self._evaluate()
+        if self.measured_at != self.step and interrupt.asked and self.step:
+            self.bar.note(f"Interrupted after step {self.step}; saving what was learned.")
+
+    def _one_step(self, group: Sequence[dict[str, Any]]) -> tuple[Tally, float, int]:
+        """One optimiser step over a group of batches.
+
+        Returns:
+            The group's tally, the gradient's norm before clipping, and the number of tokens read.
+
+        Raises:
+            TrainingError: a loss or the gradient is not finite; the weights are as before the step.
+        """
+        task, accelerator = self.plan.task, self.accelerator
+        origins = [batch["origins"] for batch in group]
+        batches = [{key: value for key, value in batch.items() if key != "origins"} for batch in group]
+        units = self._summed(sum(task.units(batch) for batch in batches))
+        total = Tally()
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                result = task.loss(self.model, batch)
+                if not math.isfinite(result.tally.loss):
+                    self._not_finite("The loss", result.tally.loss, origins[number])
+                # Processes average their gradients; the sum over all of them is wanted.
+                accelerator.backward(result.total * (accelerator.num_processes / units))
+            total += result.tally
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
+        if not math.isfinite(norm):
+            self._not_finite("The gradient's norm", norm, [origin for names in origins for origin in names])
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad()
+        return total, norm, sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+    def _not_finite(self, what: str, value: float, origins: Sequence[str]) -> None:
+        self.optimiser.zero_grad()
+        kept = f" What was learned until step {self.step} is kept." if self.step else ""
+        raise TrainingError(
+            f"{what} is {value} at step {self.step + 1}, in the batch of {listed(origins)}; "
+            f"look at these rows, or lower learning_rate ({self.config.learning_rate:g}).{kept}"
+        )
+
+    def _log_step(self, tally: Tally, norm: float) -> None:
+        self.unlogged += tally
+        figures = {"tokens_per_second": self.tokens / self.seconds, "memory": peak_memory()}
+        self.bar.update(self.step, loss=tally.loss / tally.units, **figures)
+        if self.step % self.config.log_every == 0 or self.step == self.plan.steps:
+            if self.accelerator.is_main_process:
+                self.log.write(
+                    "step",
+                    step=self.step,
+                    loss=self.unlogged.loss / self.unlogged.units,
+                    trained_tokens=self.unlogged.units,
+                    learning_rate=self.schedule.get_last_lr()[0],
+                    gradient_norm=norm,
+                    **figures,
+                )
+            self.unlogged = Tally()
+
+    def _evaluate(self) -> None:
+        self.after = self._measure()
+        self.measured_at = self.step
+        if self.after is not None and self.after["loss"] < self.best_loss:
+            self.best_loss, self.best_step = self.after["loss"], self.step
+            self._save(checkpoint.BEST)
+
+    def _measure(self) -> dict[str, float] | None:
+        """Metrics on the held-out data now, logged and shown; None when nothing is held out."""
+        held_out = self.plan.held_out
+        if held_out is None:
+            return None
+        self.bar.doing("held out")
+        tally = measure(
+            self.plan.task,
+            self.model,
+            held_out.examples,
+            self.plan.tokenizer,
+            batch_size=self.config.batch_size,
+            device=self.accelerator.device,
+        )
+        metrics = self.plan.task.metrics(tally)
+        if self.accelerator.is_main_process:
+            self.log.write("eval", step=self.step, **metrics)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.bar.note(f"step {self.step}, held out: {shown}")
+        self.bar.doing("training")
+        return metrics
+
+    # What it keeps
+
+    def _save_last(self) -> None:
+        if self.step and not self.saved_last:
+            self._save(checkpoint.LAST)
+            self.saved_last = True
+
+    def _save(self, name: str) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+            checkpoint.save(model, self.plan.tokenizer, self.folder / name, figures=self._figures())
+
+    def _figures(self) -> dict[str, str]:
+        figures = {"steps": f"{self.step} of {self.plan.steps}", "training data": self._data_name()}
+        if self.before and self.after:
+            figures["held-out loss"] = f"{self.before['loss']:.4f} before, {self.after['loss']:.4f} after"
+        return figures
+
+    def _data_name(self) -> str:
+        report = self.plan.train_set.report
+        name = Path(self.config.data).name if self.config.data else "given by the program"
+        return f"{name}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
+
+    def _record(self, interrupted: bool) -> RunRecord:
+        recent = sum(self.recent, Tally())
+        held_out = self.plan.held_out
+        return RunRecord(
+            model=self.config.model or getattr(self.bare.config, "name_or_path", None) or None,
+            task=self.config.task,
+            method=self.config.method,
+            steps=self.step,
+            planned_steps=self.plan.steps,
+            interrupted=interrupted,
+            seconds=self.seconds,
+            tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
+            peak_memory=peak_memory(),
+            trainable=self.plan.trained.trainable,
+            total=self.plan.trained.total,
+            train_loss=recent.loss / recent.units if recent.units else None,
+            held_out_before=self.before,
+            held_out_after=self.after if self.measured_at == self.step else None,
+            best_loss=self.best_loss if self.best_step is not None else None,
+            best_step=self.best_step,
+            data=self.plan.train_set.report.to_dict(),
+            held_out_data=held_out.report.to_dict() if held_out else None,
+            best=str(self.folder / checkpoint.BEST) if self.best_step is not None else None,
+            last=str(self.folder / checkpoint.LAST),
+            notes=self.plan.notes,
+        )
+
+    def _summed(self, count: int) -> int:
+        """A count over all processes."""
+        if self.accelerator.num_processes == 1:
+            return count
+        total: Tensor = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum")
+        return int(total)

@@ -1,0 +1,105 @@
+"""What of a model is trained: a low-rank adapter, everything, or the output head alone."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from veneer.adapters.model import get_peft_model
+from veneer.core.errors import ConfigError
+from veneer.core.task_type import TaskType
+from veneer.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model ready to be trained."""
+
+    model: nn.Module
+    trainable: int
+    """Parameters that learn."""
+    total: int
+    """Parameters of the model in use."""
+    notes: tuple[str, ...]
+    """What was done to the model, in sentences."""
+
+
+def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType) -> Trained:
+    """Freeze and adapt a model as the config's method asks; it is changed in place.
+
+    Raises:
+        ConfigError: the method or the adapter's config has no meaning on this model.
+    """
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(f"{type(model).__name__} does not support gradient_checkpointing; leave it off.")
+    if config.method == "lora":
+        adapted = get_peft_model(model, config.adapter(task_type))
+        return Trained(adapted, *adapted.get_nb_trainable_parameters(), notes=())
+    notes: list[str] = []
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        model.requires_grad_(False)
+        notes += _free_head(model)
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if narrow:
+        notes.append(
+            f"The trained parameters are {narrow.pop()}, which loses small updates; load the model in float32."
+        )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Trained(model, trainable, sum(p.numel() for p in model.parameters()), tuple(notes))
+
+
+def _free_head(model: PreTrainedModel) -> list[str]:
+    """Make the output head learn, on a weight of its own.
+
+    Raises:
+        ConfigError: the model has no output head.
+    """
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"{type(model).__name__} has no output head, so method=head has nothing to train.")
+    notes = []
+    shared = model.get_input_embeddings().weight
+    if head.weight is shared:
+        head.weight = nn.Parameter(shared.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+        notes.append(
+            "The output head shared its weight with the embeddings; it is untied, so the saved model is larger."
+        )
+    head.requires_grad_(True)
+    return notes
+
+
+@contextlib.contextmanager
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing for the length of a run; a model that is used afterwards gets its cache back."""
+    if not wanted:
+        yield
+        return
+    _switch_checkpointing(model, on=True)
+    try:
+        yield
+    finally:
+        _switch_checkpointing(model, on=False)
+
+
+def _switch_checkpointing(model: Any, *, on: bool) -> None:
+    with warnings.catch_warnings():
+        # transformers renamed these within version 5; the old names work in all of 5.
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()

@@ -1,0 +1,161 @@
+"""Everything before the first step: data read and encoded, the model loaded and adapted, the folder checked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.core.errors import ConfigError, DataError, UsageError, listed
+from veneer.data.encode import Encoded, EncodedSet
+from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
+from veneer.tasks import task as tasks
+from veneer.tasks.task import AbstractTask, Piece, longest_input
+from veneer.train.config import RunConfig
+from veneer.train.methods import Trained, prepared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is about to begin."""
+
+    config: RunConfig
+    task: AbstractTask
+    tokenizer: PreTrainedTokenizerBase
+    train_set: EncodedSet
+    held_out: EncodedSet | None
+    trained: Trained
+    notes: tuple[str, ...]
+    """Everything that was decided or left out on the way, in sentences."""
+    steps_per_epoch: int
+    steps: int
+    """Optimiser steps of the whole run."""
+
+    @property
+    def shown(self) -> Encoded:
+        """The example to look at before training."""
+        return self.train_set.examples[0]
+
+    def preview(self) -> list[Piece]:
+        """The text of that example in stretches that are trained or not."""
+        return self.task.preview(self.shown, self.tokenizer)
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train_rows: Iterable[Mapping[str, Any]] | None,
+    eval_rows: Iterable[Mapping[str, Any]] | None,
+    processes: int,
+) -> Plan:
+    """Check and load all that a run needs, the cheap things first. Nothing is written.
+
+    Raises:
+        UsageError, ConfigError, DataError: whatever is wrong, in one sentence.
+    """
+    from veneer.tasks.loading import load_config, load_model, load_tokenizer
+
+    task = tasks.get(config.task)
+    check_free(Path(config.output))
+    if config.model is None and (model is None or tokenizer is None):
+        raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
+    rows, held_out_rows, notes = _rows(config, train_rows, eval_rows)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
+    tokenizer, said = task.prepare(rows, tokenizer)
+    limit = longest_input(load_config(str(config.model)) if model is None else model.config)
+    how = {"max_length": min(config.max_length, limit or config.max_length), "train_on": config.train_on}
+    train_set = task.encode(rows, tokenizer, **how)
+    if limit is not None and limit < config.max_length and train_set.report.truncated:
+        said.append(f"The model takes {limit} tokens at most, so examples are cut there, not at {config.max_length}.")
+    held_out = _held_out(task, held_out_rows, tokenizer, how)
+    if model is None:
+        dtype = "bfloat16" if config.precision == "bf16" and config.method == "lora" else "float32"
+        model = load_model(str(config.model), auto_class=task.auto_class, dtype=dtype)
+    trained = prepared(model, config, task.task_type)
+    per_epoch = -(-len(train_set.examples) // (config.batch_size * config.accumulation * processes))
+    return Plan(
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        train_set=train_set,
+        held_out=held_out,
+        trained=trained,
+        notes=(*notes, *said, *trained.notes),
+        steps_per_epoch=per_epoch,
+        steps=config.max_steps or max(1, round(per_epoch * config.epochs)),
+    )
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a run folder that has something in it.
+
+    Raises:
+        UsageError: it is not empty, or not a folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"The output {str(folder)!r} is a file; expected a new or empty folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"The output folder {str(folder)!r} exists and is not empty; name another, or remove it.")
+
+
+def _rows(
+    config: RunConfig, train_rows: Iterable[Mapping[str, Any]] | None, eval_rows: Iterable[Mapping[str, Any]] | None
+) -> tuple[list[Row], list[Row], list[str]]:
+    """Training rows, held-out rows, and what was decided about them."""
+    notes: list[str] = []
+    held_out_files: Sequence[Path] = ()
+    if train_rows is not None:
+        rows = rows_of(train_rows)
+    elif config.data is not None:
+        files = data_files(config.data)
+        named = chosen(files, TRAIN_NAMES)
+        if named:
+            held_out_files = () if config.eval_data or eval_rows is not None else chosen(files, HELD_OUT_NAMES)
+            others = [file.name for file in files if file not in named and file not in held_out_files]
+            if len(files) > len(named):
+                notes.append(
+                    f"Of {config.data}, {listed(f.name for f in named)} is trained on, "
+                    f"{listed(f.name for f in held_out_files) or 'nothing'} is held out, "
+                    f"{listed(others) or 'nothing'} is left alone."
+                )
+        rows = read_rows(named or files)
+    else:
+        raise ConfigError("The run config has no data: expected a .jsonl, .csv or .parquet file, or a folder of them.")
+    if eval_rows is not None:
+        return rows, rows_of(eval_rows), notes
+    if config.eval_data is not None:
+        return rows, read_rows(config.eval_data), notes
+    if held_out_files:
+        return rows, read_rows(held_out_files), notes
+    rows, held_out = _split(rows, config.eval_fraction, config.seed)
+    if not held_out:
+        notes.append("Nothing is held out, so no best is kept, only the last.")
+    return rows, held_out, notes
+
+
+def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Hold out a share of the rows, at least one, chosen by the seed; both parts stay in order."""
+    if fraction == 0 or len(rows) < 2:
+        return rows, []
+    count = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
+    out = set(random.Random(seed).sample(range(len(rows)), count))
+    kept = [row for index, row in enumerate(rows) if index not in out]
+    return kept, [row for index, row in enumerate(rows) if index in out]
+
+
+def _held_out(
+    task: AbstractTask, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: dict[str, Any]
+) -> EncodedSet | None:
+    if not rows:
+        return None
+    try:
+        return task.encode(rows, tokenizer, **how)
+    except DataError as error:
+        raise DataError(f"In the held-out data: {error}") from None
