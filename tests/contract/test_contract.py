@@ -1,0 +1,344 @@
+"""What every variant keeps on every base from every start. The three rooms are read, nothing is named here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from tests.contract.bases import BaseCase, all_cases, cases_of
+from veneer.core import registry
+from veneer.core.base import AbstractBase
+from veneer.core.errors import ConfigError, MergeError
+from veneer.core.init import AbstractInit
+from veneer.core.variant import AbstractVariant
+
+VARIANTS, INITS = registry.names("variants"), registry.names("inits")
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
+R, ALPHA = 3, 7
+
+combinations = pytest.mark.parametrize(
+    ("variant", "base", "case"),
+    [pytest.param(v, b, c, id=f"{v}-{b}-{c}") for v in VARIANTS for b, c in all_cases()],
+)
+starts = pytest.mark.parametrize("init", INITS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+class Holder(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def config(variant: str, init: str = "kaiming", **more: Any) -> Any:
+    config_class = registry.load("variants", variant).Variant.config_class
+    given = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": init, **more}
+    return config_class(**given)
+
+
+def base_model(base: str, case: str, dtype: torch.dtype) -> tuple[Holder, Tensor, BaseCase]:
+    found = cases_of(base)[case]
+    torch.manual_seed(5)
+    model, x = Holder(found.module()).to(dtype), found.inputs()
+    return model, x.to(dtype) if x.is_floating_point() else x, found
+
+
+def adapt(model: nn.Module, config: Any, *names: str) -> veneer.PeftModel:
+    """Adapt, or skip a combination that the variant refuses, which it must do before it touches anything."""
+    try:
+        adapted = veneer.get_peft_model(model, config, names[0] if names else "default")
+    except ConfigError as refusal:
+        assert type(model.layer).__name__ != "AdaptedLayer"
+        pytest.skip(str(refusal))
+    for name in names[1:]:
+        adapted.add_adapter(name, config)
+    return adapted
+
+
+def move(model: nn.Module, seed: int = 1) -> None:
+    """Give every adapter tensor values of its own, so that the update is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = model.base_model.model.layer
+    with torch.no_grad():
+        for name in sorted(layer.specs):
+            for parameter in layer.tensors(name).values():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def options(variant: str, layer: nn.Module) -> Iterator[dict[str, Any]]:
+    """The plain config, and with each kind of bias where there is one to learn."""
+    yield {}
+    if getattr(layer, "bias", None) is not None:
+        yield {"bias": "lora_only"}
+        if "lora_bias" in {f.name for f in fields(registry.load("variants", variant).Variant.config_class)}:
+            yield {"lora_bias": True}
+
+
+def truth(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
+    """The plain formula: the input times the merged weight."""
+    layer = model.base_model.model.layer
+    base, variant, p, s = layer.base, layer.variants["default"], layer.tensors("default"), layer.scaling["default"]
+    W_OI = variant.merged(base, p, base.weight(), scaling=s)
+    bias = variant.merged_bias(base, p, getattr(layer.base_layer, "bias", None), scaling=s)
+    y = found.dense(x).to(W_OI.dtype) @ W_OI.t()
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize(
+    ("room", "attribute", "parent"),
+    [("variants", "Variant", AbstractVariant), ("bases", "Base", AbstractBase), ("inits", "Init", AbstractInit)],
+)
+def test_each_file_defines_its_one_final_class(room: str, attribute: str, parent: type) -> None:
+    for name in registry.names(room):
+        found = getattr(registry.load(room, name), attribute)
+        assert found.__mro__[1] is parent
+        assert found.__final__
+        assert not found.__abstractmethods__
+
+
+def test_each_variant_is_selected_by_its_own_config() -> None:
+    for name in VARIANTS:
+        assert registry.load("variants", name).Variant.config_class.variant == name
+        again = veneer.PeftConfig.from_dict(config(name).to_dict())
+        assert again == config(name, peft_version=again.peft_version)
+
+
+@combinations
+@starts
+@dtypes
+def test_start(variant: str, base: str, case: str, init: str, dtype: torch.dtype) -> None:
+    """An identity start leaves the outputs bit-identical, in training too; any other start changes them."""
+    model, x, _ = base_model(base, case, dtype)
+    before = model(x)
+    adapted = adapt(model, config(variant, init, lora_dropout=0.3))
+    for training in (False, True):
+        after = adapted.train(training)(x)
+        assert torch.equal(after, before) == registry.load("inits", init).Init.identity
+        assert after.dtype == before.dtype
+
+
+@combinations
+@starts
+def test_start_is_drawn_from_torchs_seed(variant: str, base: str, case: str, init: str) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        model, _, _ = base_model(base, case, torch.float32)
+        torch.manual_seed(seed)
+        layer = adapt(model, config(variant, init)).base_model.model.layer
+        drawn.append(torch.cat([p.detach().flatten() for p in layer.tensors("default").values()]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@combinations
+@dtypes
+def test_merged_is_unmerged_within_rounding(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
+    """The bound is that of standard error analysis, with u the dtype's unit roundoff.
+
+    On its way from the parameters to the output no term is rounded to the dtype more than six times: A, B, A x and
+    the two sums when unmerged or W' and the sum when merged. Each sum of n terms adds n roundings of the
+    accumulator. S sums the absolute values of all terms, so that cancellation cannot hide behind a small output.
+    """
+    for option in options(variant, base_model(base, case, dtype)[0].layer):
+        model, x, found = base_model(base, case, dtype)
+        adapted = adapt(model, config(variant, **option)).eval()
+        move(adapted)
+        layer = adapted.base_model.model.layer
+        p = layer.tensors("default")
+        A, B = (p[name].detach().double().abs() for name in layer.base.factor_names)
+        W = layer.base.weight().detach().double().abs() + layer.base.delta(A, B) * layer.scaling["default"]
+        S = found.dense(x).double().abs() @ W.t()
+        for bias in (getattr(layer.base_layer, "bias", None), p.get("lora_B.bias")):
+            S = S if bias is None else S + bias.detach().double().abs() * max(1.0, layer.scaling["default"])
+        terms = W.shape[1] + R + 2
+        accumulator = torch.finfo(torch.float32).eps / 2
+        bound = (6 * torch.finfo(dtype).eps / 2 + 2 * terms * accumulator) * S + terms * torch.finfo(dtype).tiny
+
+        with torch.no_grad():
+            unmerged, frozen = adapted(x), layer.base_layer(x)
+            adapted.merge_adapter()
+            merged = adapted(x)
+        assert merged.dtype == unmerged.dtype == dtype
+        assert ((merged.double() - unmerged.double()).abs() <= bound).all()
+        assert not torch.equal(merged, frozen)
+
+
+@combinations
+@dtypes
+def test_unmerge_gives_back_the_very_tensors(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
+    for option in options(variant, base_model(base, case, dtype)[0].layer):
+        model, x, _ = base_model(base, case, dtype)
+        before = {name: (p, p.clone(), p.data_ptr()) for name, p in model.layer.named_parameters()}
+        adapted = adapt(model, config(variant, **option)).eval()
+        move(adapted)
+        unmerged = adapted(x)
+        adapted.merge_adapter()
+        adapted.unmerge_adapter()
+        after = dict(model.layer.base_layer.named_parameters())
+        for name, (parameter, value, address) in before.items():
+            assert after[name] is parameter
+            assert after[name].data_ptr() == address
+            assert torch.equal(after[name], value)
+        assert torch.equal(adapted(x), unmerged)
+
+
+@combinations
+@starts
+@dtypes
+def test_save_and_load(variant: str, base: str, case: str, init: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    for number, option in enumerate(options(variant, base_model(base, case, dtype)[0].layer)):
+        model, x, _ = base_model(base, case, dtype)
+        adapted = adapt(model, config(variant, init, **option)).eval()
+        move(adapted)
+        adapted.save_pretrained(tmp_path / str(number))
+        again = veneer.PeftModel.from_pretrained(base_model(base, case, dtype)[0], tmp_path / str(number))
+        assert torch.equal(again(x), adapted(x))
+        theirs, ours = again.state_dict(), adapted.state_dict()
+        assert theirs.keys() == ours.keys()
+        for key, tensor in ours.items():
+            assert theirs[key].dtype == tensor.dtype
+            assert torch.equal(theirs[key], tensor)
+        loaded, saved = again.peft_config["default"], adapted.peft_config["default"]
+        assert {**loaded.to_dict(), "inference_mode": None} == {**saved.to_dict(), "inference_mode": None}
+
+
+@combinations
+def test_gradients_are_those_of_the_plain_formula(variant: str, base: str, case: str) -> None:
+    """In float64: of the adapter's tensors, of trained biases, and of the input."""
+    for option in options(variant, base_model(base, case, torch.float64)[0].layer):
+        model, x, found = base_model(base, case, torch.float64)
+        adapted = adapt(model, config(variant, **option))
+        move(adapted)
+        wanted = [p for p in adapted.parameters() if p.requires_grad]
+        assert len(wanted) == 2 + bool(option)
+        if x.is_floating_point():
+            x.requires_grad_()
+            wanted.append(x)
+        y, expected = adapted(x), truth(adapted, x, found)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        weights = torch.randn_like(y)
+        ours = torch.autograd.grad((y * weights).sum(), wanted)
+        theirs = torch.autograd.grad((expected * weights).sum(), wanted)
+        for gradient, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
+@combinations
+@dtypes
+def test_dtypes_and_devices_are_kept(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
+    model, x, _ = base_model(base, case, dtype)
+    on_meta = copy.deepcopy(model).to("meta")
+    before = {name: (p.dtype, p.device) for name, p in model.layer.named_parameters()}
+    layer = adapt(model, config(variant)).base_model.model.layer
+    assert {name: (p.dtype, p.device) for name, p in layer.base_layer.named_parameters()} == before
+    # Halves are too coarse to train in: the thin factors are kept in float32, unless told otherwise.
+    wide = torch.float32 if dtype in HALVES else dtype
+    assert {p.dtype for p in layer.tensors("default").values()} == {wide}
+    assert layer(x).dtype == dtype
+    same = veneer.get_peft_model(base_model(base, case, dtype)[0], config(variant), autocast_adapter_dtype=False)
+    assert {p.dtype for p in same.base_model.model.layer.tensors("default").values()} == {dtype}
+    there = adapt(on_meta, config(variant)).base_model.model.layer
+    assert {p.device.type for p in there.tensors("default").values()} == {"meta"}
+
+
+@combinations
+@dtypes
+def test_backward_in_every_dtype(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
+    """Gradients come in their parameter's dtype and are within the dtype's reach of the float64 ones."""
+    model, x, _ = base_model(base, case, dtype)
+    adapted = adapt(model, config(variant))
+    move(adapted)
+    exact, _, found = base_model(base, case, torch.float64)
+    exact = adapt(exact, config(variant))
+    move(exact)
+    with torch.no_grad():
+        for (_, wide), (_, narrow) in zip(
+            exact.base_model.model.layer.named_parameters(), model.layer.named_parameters(), strict=True
+        ):
+            wide.copy_(narrow)
+    y = adapted(x)
+    (y.double().square().sum()).backward()
+    reference = truth(exact, x.double() if x.is_floating_point() else x, found)
+    reference.square().sum().backward()
+    for name, parameter in model.layer.tensors("default").items():
+        assert parameter.grad.dtype == parameter.dtype
+        expected = exact.base_model.model.layer.tensors("default")[name].grad
+        # Every rounding is relative to the largest values that are summed; there are fewer than 32 of them.
+        scale = expected.abs().max() * 32
+        assert (parameter.grad.double() - expected).abs().max() <= torch.finfo(dtype).eps * scale
+
+
+@combinations
+def test_dropout_in_training_only(variant: str, base: str, case: str) -> None:
+    model, x, _ = base_model(base, case, torch.float64)
+    without = adapt(base_model(base, case, torch.float64)[0], config(variant))
+    adapted = adapt(model, config(variant, lora_dropout=0.5))
+    move(adapted)
+    move(without)
+    assert torch.equal(adapted.eval()(x), without.eval()(x))
+    adapted.train()
+    draws = torch.stack([adapted(x).detach() for _ in range(400)])
+    assert not torch.equal(draws[0], draws[1])
+    # The average is unbiased: within five standard errors of the output without dropout.
+    error = draws.std(0) / 400**0.5
+    assert ((draws.mean(0) - without(x)).abs() <= 5 * error + 1e-12).all()
+
+
+@combinations
+def test_several_active_adapters_add_up(variant: str, base: str, case: str) -> None:
+    model, x, _ = base_model(base, case, torch.float64)
+    frozen = model(x)
+    adapted = adapt(model, config(variant), "one", "two", "three").eval()
+    move(adapted)
+    alone = {}
+    for name in ("one", "two", "three"):
+        adapted.set_adapter(name)
+        alone[name] = adapted(x) - frozen
+    adapted.set_adapter(["one", "three"])
+    torch.testing.assert_close(adapted(x), frozen + alone["one"] + alone["three"], rtol=1e-12, atol=1e-12)
+    unmerged = adapted(x)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), unmerged, rtol=1e-12, atol=1e-12)
+    adapted.unmerge_adapter()
+    assert torch.equal(adapted(x), unmerged)
+
+
+@combinations
+@dtypes
+def test_disabled_is_the_base_bit_for_bit(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
+    model, x, _ = base_model(base, case, dtype)
+    frozen = model(x)
+    adapted = adapt(model, config(variant))
+    move(adapted)
+    changed = adapted(x)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(x), frozen)
+    assert torch.equal(adapted(x), changed)
+    assert not torch.equal(changed, frozen)
+    assert torch.equal(adapted.unload()(x), frozen)
+
+
+def test_lora_bias_without_a_bias_to_merge_into_is_refused() -> None:
+    model, x, _ = base_model("linear", "no-bias", torch.float32)
+    adapted = adapt(model, config("lora", lora_bias=True))
+    move(adapted)
+    before = adapted(x)
+    with pytest.raises(MergeError, match="no bias"):
+        adapted.merge_adapter()
+    with pytest.raises(MergeError, match="no bias"):
+        adapted.merge_and_unload()
+    assert torch.equal(adapted(x), before)
