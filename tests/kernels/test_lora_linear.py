@@ -1,0 +1,261 @@
+"""The LoRA linear against the plain formula: values, gradients, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from veneer.kernels import reference
+from veneer.kernels.lora_linear import lora_linear, low_rank
+
+F64 = torch.float64
+IN, OUT, R, SCALING = 4, 3, 2, 0.7
+SHAPES = [(5, IN), (2, 3, IN), (IN,), (2, 1, 3, IN), (0, IN), (2, 0, IN)]
+
+
+def operands(
+    shape: tuple[int, ...] = (5, IN), *, dtype: torch.dtype = F64, bias: bool = True, dropped: bool = False
+) -> dict[str, Any]:
+    x = torch.randn(shape).to(dtype)
+    return {
+        "x": x,
+        "W_OI": torch.randn(OUT, IN).to(dtype),
+        "bias_O": torch.randn(OUT).to(dtype) if bias else None,
+        "A_RI": torch.randn(R, IN).to(dtype),
+        "B_OR": torch.randn(OUT, R).to(dtype),
+        "dropped": F.dropout(x, 0.5) if dropped else None,
+    }
+
+
+def ours(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, dropped: Tensor | None) -> Tensor:
+    return lora_linear(x, W_OI, bias_O, A_RI, B_OR, SCALING, dropped)
+
+
+def theirs(
+    x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, dropped: Tensor | None
+) -> Tensor:
+    return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, SCALING, dropped)
+
+
+def check_gradients(given: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        given[name].requires_grad_()
+    y, expected = ours(**given), theirs(**given)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert y.requires_grad == bool(names)
+    if not names:
+        return
+    wanted = [given[name] for name in names]
+    weights = torch.randn_like(expected)
+    for gradient, right in zip(
+        torch.autograd.grad(y, wanted, weights), torch.autograd.grad(expected, wanted, weights), strict=True
+    ):
+        assert gradient.shape == right.shape
+        torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
+
+
+LEARN = ("x", "bias_O", "A_RI", "B_OR", "dropped")
+SUBSETS = [subset for n in range(len(LEARN) + 1) for subset in itertools.combinations(LEARN, n)]
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
+def test_every_subset_of_gradients(subset: tuple[str, ...]) -> None:
+    check_gradients(operands(dropped="dropped" in subset), subset)
+    if "bias_O" not in subset:
+        check_gradients(operands(bias=False, dropped="dropped" in subset), subset)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
+def test_input_shapes(shape: tuple[int, ...], dropped: bool) -> None:
+    check_gradients(operands(shape, dropped=dropped), ("x", "A_RI", "B_OR", "bias_O"))
+    with torch.no_grad():
+        given = operands(shape, dropped=dropped)
+        torch.testing.assert_close(ours(**given), theirs(**given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_gradcheck(dropped: bool, bias: bool) -> None:
+    given = operands((3, IN), dropped=dropped, bias=bias)
+    learn = [name for name in LEARN if given[name] is not None]
+
+    def function(*values: Tensor) -> Tensor:
+        return ours(**{**given, **dict(zip(learn, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, [given[name].requires_grad_() for name in learn])
+
+
+def test_layouts_that_are_not_contiguous() -> None:
+    given = operands((6, IN))
+    given["x"] = torch.randn(IN, 2, 3, dtype=F64).permute(2, 1, 0)
+    given["W_OI"], given["A_RI"], given["B_OR"] = (
+        given[name].t().contiguous().t() for name in ("W_OI", "A_RI", "B_OR")
+    )
+    check_gradients(given, ("x", "A_RI", "B_OR"))
+    y = ours(**given)
+    # An incoming gradient of any layout, also one that is a single broadcast number.
+    for gradient in (torch.randn(OUT, 2, 3, dtype=F64).permute(2, 1, 0), torch.ones(()).double().expand(3, 2, OUT)):
+        found = torch.autograd.grad(y, given["x"], gradient, retain_graph=True)[0]
+        right = torch.autograd.grad(theirs(**given), given["x"], gradient)[0]
+        torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_learns_gets_its_gradient() -> None:
+    check_gradients(operands(), ("x", "W_OI", "A_RI", "B_OR"))
+
+
+def test_operands_are_not_written_to() -> None:
+    given = operands(dropped=True)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    for name in LEARN:
+        given[name].requires_grad_()
+    ours(**given).sum().backward()
+    with torch.no_grad():
+        ours(**given)
+    for name, tensor in before.items():
+        assert torch.equal(given[name], tensor)
+
+
+def saved_for_backward(given: dict[str, Any], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """What autograd keeps, the operands that stay in memory anyway left out (x counts)."""
+    kept: list[Tensor] = []
+    operands_ = {t.untyped_storage().data_ptr() for name, t in given.items() if t is not None and name in HELD}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in operands_:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if dtype is None:
+            y = ours(**given)
+        else:
+            with torch.autocast("cpu", dtype):
+                y = ours(**given)
+    y.sum().backward()
+    return kept
+
+
+HELD = ("W_OI", "bias_O", "A_RI", "B_OR")
+
+
+def sizes(kept: list[Tensor]) -> list[int]:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sorted(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
+def test_only_the_input_and_xA_are_kept(dtype: torch.dtype, dropped: bool) -> None:
+    given = operands((50, IN), dtype=dtype, dropped=dropped)
+    for name in ("A_RI", "B_OR", "bias_O"):
+        given[name].requires_grad_()
+    given["x"].requires_grad_()
+    kept = saved_for_backward(given)
+    itemsize = dtype.itemsize
+    assert sizes(kept) == [50 * R * itemsize, 50 * IN * itemsize]
+    held = given["dropped" if dropped else "x"].untyped_storage().data_ptr()
+    assert held in {tensor.untyped_storage().data_ptr() for tensor in kept}
+
+
+def test_float32_factors_on_a_bfloat16_layer_copy_the_factors_and_not_the_input() -> None:
+    given = operands((500, IN), dtype=torch.bfloat16)
+    given["A_RI"], given["B_OR"] = given["A_RI"].float().requires_grad_(), given["B_OR"].float().requires_grad_()
+    kept = saved_for_backward(given)
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+    assert sizes(kept) == sorted([2 * R * IN, 2 * OUT * R, 2 * 500 * R, 2 * 500 * IN])
+    assert given["A_RI"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast(grad: bool) -> None:
+    given = operands((7, IN), dtype=torch.float32, dropped=True)
+    for name in ("x", "A_RI", "B_OR", "bias_O"):
+        given[name].requires_grad_(grad)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        y = ours(**given)
+    assert y.dtype == torch.bfloat16
+    halves = {name: tensor.detach().bfloat16() for name, tensor in given.items()}
+    with torch.set_grad_enabled(grad):
+        plain = ours(**halves)
+    assert torch.equal(y.detach(), plain)
+    if grad:
+        y.float().sum().backward()
+        assert {given[name].grad.dtype for name in ("x", "A_RI", "B_OR", "bias_O")} == {torch.float32}
+
+
+def test_other_dtype_outside_autocast_is_torchs_own_error() -> None:
+    given = operands(dtype=torch.float32)
+    given["x"] = given["x"].bfloat16()
+    with pytest.raises(RuntimeError):
+        F.linear(given["x"], given["W_OI"])
+    with pytest.raises(RuntimeError):
+        ours(**given)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    given = operands((4, IN))
+    learn = [given[name].requires_grad_() for name in ("x", "A_RI", "B_OR")]
+    direct = torch.autograd.grad(ours(**given).square().sum(), learn)
+
+    def run(x: Tensor) -> Tensor:
+        return ours(**{**given, "x": x})
+
+    checkpoint(run, given["x"], use_reentrant=reentrant).square().sum().backward()
+    for tensor, right in zip(learn, direct, strict=True):
+        torch.testing.assert_close(tensor.grad, right, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_accumulate() -> None:
+    given = operands()
+    learn = [given[name].requires_grad_() for name in ("x", "A_RI", "B_OR")]
+    ours(**given).sum().backward()
+    once = [tensor.grad.clone() for tensor in learn]
+    ours(**given).sum().backward()
+    for tensor, first in zip(learn, once, strict=True):
+        assert torch.equal(tensor.grad, 2 * first)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    given = operands((4, IN), dtype=torch.float32)
+    learn = [given[name].requires_grad_() for name in ("x", "A_RI", "B_OR")]
+    # aot_eager traces forward and backward as the default backend does, without calling a C++ compiler.
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(**given), ours(**given)
+    torch.testing.assert_close(y, expected)
+    found, right = torch.autograd.grad(y.sum(), learn), torch.autograd.grad(expected.sum(), learn)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_adapted_layer_compiles_without_a_graph_break() -> None:
+    import veneer
+
+    model = torch.nn.Sequential(torch.nn.Linear(IN, OUT), torch.nn.ReLU(), torch.nn.Linear(OUT, IN))
+    adapted = veneer.get_peft_model(
+        model, veneer.LoraConfig(r=R, target_modules=["0", "2"], init_lora_weights=False, bias="lora_only")
+    )
+    x = torch.randn(5, IN)
+    learn = [p for p in adapted.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(adapted(x).sum(), learn)
+    compiled = torch.compile(adapted.get_base_model(), fullgraph=True, backend="aot_eager")
+    for one, other in zip(torch.autograd.grad(compiled(x).sum(), learn), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_update_alone(shape: tuple[int, ...]) -> None:
+    given = operands(shape)
+    alone = low_rank(given["x"], given["A_RI"], given["B_OR"], SCALING, bias_O=given["bias_O"], dropout=0.0)
+    expected = SCALING * (given["x"] @ given["A_RI"].t() @ given["B_OR"].t() + given["bias_O"])
+    torch.testing.assert_close(alone, expected, rtol=1e-12, atol=1e-12)
+    half = low_rank(given["x"].bfloat16(), given["A_RI"], given["B_OR"], SCALING, bias_O=None, dropout=0.0)
+    assert half.dtype == torch.bfloat16
