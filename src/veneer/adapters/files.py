@@ -126,7 +126,7 @@ def save(
     size = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
     card = model_card(config, adapted.reports[name], bytes_on_disk=size, figures=figures or {})
     writers: dict[str, Any] = {
-        WEIGHTS_NAME: lambda path: safetensors.torch.save_file(_unshared(ready), path, metadata=metadata),
+        WEIGHTS_NAME: lambda path: _write_tensors(_unshared(ready), path, metadata),
         CONFIG_NAME: lambda path: path.write_text(config.to_json() + "\n", encoding="utf-8"),
     }
     if card.may_replace(folder / "README.md"):
@@ -330,6 +330,14 @@ def _embeddings_in(adapted: AdaptedModel, left: dict[str, Tensor], problems: lis
             elif not now.is_meta and not torch.equal(tensor.to(now.device, now.dtype), now.detach()):
                 found[f"{path}.weight"] = tensor
     return found
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        # Its own class hides a full disk; what it says is "... I/O error: No space left on device (os error 28)".
+        raise OSError(str(error)) from error
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ def write_whole(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -
             written[beside] = folder / name
             write(beside)
             _flush(beside)
+        for final in written.values():
+            if final.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{final.name} is a folder")
         for beside, final in written.items():
             os.replace(beside, final)
         _flush(folder)
