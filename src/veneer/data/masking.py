@@ -129,13 +129,12 @@ def _ended(tokens: Masked, tokenizer: PreTrainedTokenizerBase) -> Masked:
 
 
 def _closed(tokens: Masked, tokenizer: PreTrainedTokenizerBase) -> Masked:
-    """The same up to the last trained token, which is eos: so a completion learns to end."""
-    if True not in tokens.trained:
-        return tokens
-    count = len(tokens.trained) - tokens.trained[::-1].index(True)
+    """The same up to the last trained token, which is eos: so a completion, even an empty one, learns to end."""
+    behind = tokens.trained[::-1].index(True) if True in tokens.trained else 0
+    count = len(tokens.trained) - behind
     ids, trained = tokens.input_ids[:count], tokens.trained[:count]
     eos = tokenizer.eos_token_id
-    if eos is not None and ids[-1] != eos:
+    if eos is not None and (ids[-1:], trained[-1:]) != ([eos], [True]):
         ids, trained = [*ids, eos], [*trained, True]
     return Masked(ids, trained)
 

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import chat
+from veneer.core.errors import DataError
+from veneer.data.encode import IGNORED, encode
+from veneer.data.formats import recognise
+from veneer.data.sources import rows_of
+
+TOKENIZER = chat.tokenizer()
+
+
+def test_labels_are_the_ids_where_trained() -> None:
+    result = encode(recognise(rows_of(chat.pairs(6))), TOKENIZER, max_length=100)
+    for example, row in zip(result.examples, chat.pairs(6), strict=True):
+        assert len(example.input_ids) == len(example.labels)
+        trained = [label for label in example.labels if label != IGNORED]
+        assert TOKENIZER.decode(trained) == row["completion"] + "<|end|>"
+        assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+        assert example.trained == len(trained)
+    assert result.report.trained_tokens == sum(example.trained for example in result.examples)
+    assert result.report.truncated == result.report.tokens_cut == result.report.left_out == 0
+
+
+@given(st.integers(2, 60))
+def test_what_is_cut_is_counted(max_length: int) -> None:
+    samples = recognise(rows_of(chat.pairs(8)))
+    whole = encode(samples, TOKENIZER, max_length=10_000)
+    try:
+        cut = encode(samples, TOKENIZER, max_length=max_length)
+    except DataError as error:
+        assert f"max_length={max_length}" in str(error)
+        return
+    lengths = [len(example.input_ids) for example in whole.examples]
+    assert cut.report.truncated == sum(length > max_length for length in lengths)
+    assert cut.report.tokens_cut == sum(max(0, length - max_length) for length in lengths)
+    assert cut.report.examples + cut.report.left_out == len(lengths)
+    assert cut.report.longest <= max_length
+    assert all(example.trained for example in cut.examples)
+
+
+def test_the_first_token_is_never_trained() -> None:
+    (example,) = encode(recognise(rows_of([{"text": "red stone"}])), TOKENIZER, max_length=10).examples
+    assert example.labels == [IGNORED, *example.input_ids[1:]]
+
+
+def test_a_set_without_a_trained_token_is_refused() -> None:
+    rows = rows_of([{"messages": [{"role": "user", "content": "u"}]}] * 2)
+    with pytest.raises(DataError, match="None of the 2 rows has a token to train"):
+        encode(recognise(rows), TOKENIZER, max_length=10)
+
+
+def test_rows_without_a_trained_token_are_left_out_and_counted() -> None:
+    rows = rows_of([{"messages": [{"role": "user", "content": "u"}]}, {"text": "red"}, {"text": ""}])
+    result = encode(recognise(rows), TOKENIZER, max_length=10)
+    assert (result.report.rows, result.report.examples, result.report.left_out) == (3, 1, 2)
