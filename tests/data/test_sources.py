@@ -36,10 +36,9 @@ def test_csv_takes_fields_longer_than_pythons_own_limit(tmp_path: Path) -> None:
 
 def test_parquet_rows(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [{"role": "user", "content": "hi"}]}, {"messages": [{"role": "user", "content": "ho"}]}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = read_rows(tmp_path / "a.parquet")
     assert [row.origin for row in read] == ["a.parquet:1", "a.parquet:2"]
     assert [dict(row.values) for row in read] == rows

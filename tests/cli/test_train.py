@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import chat
+from veneer.cli.main import main
+from veneer.cli.run_fields import run_fields
+from veneer.train.config import RunConfig, adapter_fields
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and data, which the command runs in."""
+    chat.saved(tmp_path / "model")
+    chat.written(tmp_path / "train.jsonl", chat.pairs(12))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return main(
+        ["train", "--model", "model", "--data", "train.jsonl", "--output", "run", "--batch-size", "4", *arguments]
+    )
+
+
+def test_from_flags_to_a_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = train(
+        "--r", "2", "--target-modules", "q_proj,v_proj", "--learning-rate", "5e-3", "--epochs", "2", "--clip", "none"
+    )
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert {path.name for path in (place / "run").iterdir()} == {
+        "run.yaml", "log.jsonl", "loss.png", "result.json", "best", "last"
+    }  # fmt: skip
+    assert "⟦the red is red<|end|>⟧" in out
+    assert "0 truncated" in out
+    assert "trainable parameters" in out
+    assert "veneer generate --model model --adapter run/best" in out
+    assert "held out" in err
+    config = RunConfig.read(place / "run/run.yaml")
+    assert (config.r, config.target_modules, config.clip, config.epochs) == (2, ["q_proj", "v_proj"], None, 2)
+    assert json.loads((place / "run/best/adapter_config.json").read_text())["r"] == 2
+
+
+def test_json_is_one_document(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--max-steps", "1", "--json") == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record["steps"] == 1
+    assert record["held_out_before"]["loss"] > 0
+    assert "trainable parameters" in err
+
+
+def test_flags_override_the_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "run.yaml").write_text("model: model\ndata: train.jsonl\nr: 2\nmax_steps: 3\nlora_alpha: 4\n")
+    assert main(["train", "--config", "run.yaml", "--output", "run", "--max-steps", "1"]) == 0
+    config = RunConfig.read(place / "run/run.yaml")
+    assert (config.r, config.max_steps, config.lora_alpha) == (2, 1, 4)
+    capsys.readouterr()
+    assert main(["train", "--config", "run/run.yaml", "--output", "again"]) == 0
+    assert RunConfig.read(place / "again/run.yaml") == RunConfig(**{**config.model_dump(), "output": "again"})
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_other_methods(place: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    assert train("--method", method, "--max-steps", "1") == 0
+    assert "veneer generate --model run/best" in capsys.readouterr().out
+    assert (place / "run/best/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "nowhere.jsonl"], 2, "There is no file or folder 'nowhere.jsonl'."),
+        (["--data", "broken.jsonl"], 1, "broken.jsonl:1 is not a line of JSON"),
+        (["--data", "latin.jsonl"], 1, "latin.jsonl:1 is not UTF-8"),
+        (["--data", "empty.jsonl"], 1, "empty.jsonl holds no rows"),
+        (["--data", "columns.jsonl"], 1, "columns.jsonl:1 has the columns promt; expected messages"),
+        (["--data", "masked.jsonl"], 1, "all is masked"),
+        (["--model", "nowhere/at/all"], 2, "nowhere/at/all"),
+        (["--model", "bare"], 2, "bare"),
+        (["--output", "full"], 2, "The output folder 'full' exists and is not empty"),
+        (["--r", "0"], 2, "r is 0"),
+        (["--target-modules", "q_porj"], 2, "q_proj"),
+        (["--epochs", "many"], 2, "epochs is 'many'"),
+        (["--schedule", "cosin"], 2, "schedule is 'cosin'"),
+        (["--method", "head", "--r", "4"], 2, "r has no meaning with method=head"),
+        (["--config", "typo.yaml"], 2, "no field 'lora_alhpa'. Did you mean 'lora_alpha'"),
+        (["--config", "nowhere.yaml"], 2, "There is no config file 'nowhere.yaml'."),
+        (["--lerning-rate", "1"], 2, "--learning-rate"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    for name, content in {
+        "broken.jsonl": b"{",
+        "latin.jsonl": b'{"text": "\xe9"}',
+        "empty.jsonl": b"",
+        "columns.jsonl": b'{"promt": "a"}',
+        "masked.jsonl": b'{"messages": [{"role": "user", "content": "u"}]}',
+        "typo.yaml": b"lora_alhpa: 4\n",
+    }.items():
+        (place / name).write_bytes(content)
+    (place / "bare").mkdir()
+    (place / "full").mkdir()
+    (place / "full/thesis.txt").write_text("x")
+    before = sorted(place.rglob("*"))
+    assert train(*arguments) == code
+    out, err = capsys.readouterr()
+    assert message in " ".join(err.split())
+    assert out == ""
+    assert "Traceback" not in err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_ctrl_c_saves_and_exits_130(place: Path) -> None:
+    command = [sys.executable, "-c", "from veneer.cli.main import run; run()", "train", "--model", "model"]
+    command += ["--data", "train.jsonl", "--output", "run", "--max-steps", "100000", "--eval-fraction", "0"]
+    with subprocess.Popen(
+        command, cwd=place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ
+    ) as process:
+        log = place / "run/log.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (log.exists() and '"step"' in log.read_text()):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert json.loads((place / "run/result.json").read_text())["interrupted"] is True
+    assert (place / "run/last/adapter_model.safetensors").is_file()
+    assert (place / "run/loss.png").is_file()
+
+
+def test_help_has_an_example_and_every_field(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["train", "-h"]) == 0
+    text = capsys.readouterr().out
+    assert "veneer train --model ./model --data train.jsonl" in text
+    for name in (*run_fields(), *adapter_fields()):
+        assert f"--{name.replace('_', '-')} " in text
