@@ -16,7 +16,7 @@ from pathlib import Path
 from veneer.core.errors import DataError
 
 INSTRUCTION = "Write the first line of this Python function's docstring."
-"""What the model is asked for, above the signature."""
+"""What the model is asked for, as the system message."""
 
 _LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "pydoc_data"}
@@ -37,9 +37,10 @@ class DocstringPair:
     """The first line of the docstring."""
 
     @property
-    def row(self) -> dict[str, str]:
-        """The pair as a row of training data."""
-        return {"prompt": f"{INSTRUCTION}\n\n{self.signature}", "completion": self.summary}
+    def row(self) -> dict[str, list[dict[str, str]]]:
+        """The pair as a row of training data: a conversation whose last message is to be learned."""
+        turns = (("system", INSTRUCTION), ("user", self.signature), ("assistant", self.summary))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def docstring_pairs(
