@@ -6,6 +6,7 @@ after the first adapter.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, final
 
 from torch import nn
@@ -61,12 +62,33 @@ class AdaptedModel(nn.Module):
             have = f"there are: {listed(self.peft_config)}" if self.peft_config else "there is none"
             raise UsageError(f"There is no adapter {name!r}; {have}.{nearest(name, self.peft_config)}")
 
+    def refuse_overlap(self, targets: Iterable[str], saved: Iterable[str]) -> None:
+        """Check that no module saved whole by one adapter holds, or lies in, a module that another one changes.
+
+        Raises:
+            UsageError: one does.
+        """
+        whole = list(saved)
+        pairs = [(path, other) for path in whole for other in self.layers]
+        pairs += [(other, path) for path in targets for other in self.saved]
+        pairs += [
+            pair for path in whole for other in self.saved if path != other for pair in ((path, other), (other, path))
+        ]
+        for outer, inner in pairs:
+            if inner == outer or inner.startswith(f"{outer}."):
+                raise UsageError(
+                    f"{outer!r} would be saved whole by one adapter while another one changes {inner!r} inside it; "
+                    "leave it out of one of them, with exclude_modules or modules_to_save."
+                )
+
     def original(self, parameter: str) -> nn.Parameter:
         """A parameter of the base by its name in the untouched model; a merged layer's is the one before."""
         path, _, leaf = parameter.rpartition(".")
         layer = self.layers.get(path)
-        if layer is not None and layer.unmerged is not None and leaf == "weight":
-            return layer.unmerged[0]
+        if layer is not None and layer.unmerged is not None and leaf in ("weight", "bias"):
+            kept = layer.unmerged[("weight", "bias").index(leaf)]
+            assert kept is not None
+            return kept
         module = self.index.slots[path].module if path else self.model
         found = module._parameters[leaf]
         assert found is not None

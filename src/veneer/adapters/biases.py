@@ -6,7 +6,7 @@ disabling or deleting an adapter gives the base back exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -30,12 +30,12 @@ class BiasBank:
         assert parameter is not None
         return parameter
 
-    def add(self, name: str, places: dict[str, tuple[nn.Module, str]]) -> None:
-        """Register an adapter's biases; their values start as the base's."""
+    def add(self, name: str, places: dict[str, tuple[nn.Module, str]], base: Mapping[str, Tensor]) -> None:
+        """Register an adapter's biases; their values start as ``base``, those of the untouched model."""
         for key, place in places.items():
             if key not in self.places:
                 self.places[key] = place
-                self.original[key] = self.parameter(key).detach().clone()
+                self.original[key] = base[key].detach().clone()
         self.trained[name] = {key: self.original[key].clone() for key in places}
 
     def show(self, name: str | None) -> None:
@@ -67,8 +67,7 @@ class BiasBank:
                 self.parameter(key).requires_grad_(False)
                 del self.places[key], self.original[key]
 
-    def settle(self, keep: Sequence[str]) -> None:
-        """Leave the values of one of ``keep`` in the model for good, or else the original ones."""
-        self.show(next((name for name in keep if name in self.trained), None))
+    def settle(self) -> None:
+        """Leave the values that are shown in the model for good."""
         self.shown = None
         self.trained.clear()

@@ -50,7 +50,9 @@ class Fitted:
     biases: dict[str, Tensor]
     """From the base's bias name to its trained value."""
     embeddings: dict[str, Tensor]
-    """From the base's embedding weight name to the weight that the adapter was trained with."""
+    """From the base's embedding weight name to the weight that the adapter was trained with, where it is another."""
+    brought: tuple[str, ...]
+    """The paths of all embeddings in the file."""
 
 
 def adapter_state(
@@ -76,7 +78,10 @@ def adapter_state(
         for key, tensor in wrapper.modules_to_save[name].state_dict().items():
             own[f"{path}.{key}"] = (f"{path}.modules_to_save.{name}.{key}", tensor)
     if name in adapted.biases.trained:
-        for key, tensor in adapted.biases.values(name).items():
+        shown = adapted.biases.shown == name
+        for key, value in adapted.biases.values(name).items():
+            # A merged lora_bias is in the live bias, and not in the one that was trained.
+            tensor = adapted.original(key) if shown else value
             path, _, leaf = key.rpartition(".")
             inner = f"{path}.base_layer.{leaf}"
             own[inner if path in adapted.layers_of(name) else key] = (inner if path in adapted.layers else key, tensor)
@@ -167,7 +172,7 @@ def read(source: str | Path, config: PeftConfig | None = None, **where: Any) -> 
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is not a complete safetensors file: {error}.") from None
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
             raise AdapterFileError(f"{path} has values that are not finite in {key}.")
     return AdapterFiles(str(path), config, tensors, metadata)
 
@@ -183,6 +188,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         selection = select(adapted.index, files.config, from_file=True)
     except TargetError as error:
         raise AdapterFileError(f"{files.source} does not fit this model: {error}{_other_model(files.config)}") from None
+    adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
     left = dict(files.tensors)
     problems: list[str] = []
 
@@ -215,7 +221,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         path, _, leaf = bias.rpartition(".")
         key = f"{path}.base_layer.{leaf}" if path in targeted else bias
         biases[bias] = take(key, tuple(adapted.original(bias).shape))
-    embeddings = _embeddings_in(adapted, left, problems)
+    embeddings, brought = _embeddings_in(adapted, left, problems)
     for path in whole:
         # PEFT's bias="all" writes the biases of a module saved whole three times; only one of them is used.
         for inside in ("original_module.", "modules_to_save."):
@@ -229,7 +235,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
             f"{files.source} does not fit this model and its config: {listed(problems, most=5)}."
             f"{_other_model(files.config)}"
         )
-    return Fitted(selection, factors, whole, biases, embeddings)  # type: ignore[arg-type]
+    return Fitted(selection, factors, whole, biases, embeddings, tuple(brought))  # type: ignore[arg-type]
 
 
 def warn_of_other_base(adapted: AdaptedModel, files: AdapterFiles, fitted: Fitted) -> None:
@@ -237,8 +243,7 @@ def warn_of_other_base(adapted: AdaptedModel, files: AdapterFiles, fitted: Fitte
     saved = files.metadata.get(_FINGERPRINT)
     if saved is None:
         return
-    embeddings = [name.removesuffix(".weight") for name in fitted.embeddings]
-    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *embeddings]))
+    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *fitted.brought]))
     if clause is not None:
         warnings.warn(
             f"This adapter was trained on another base model: {clause} from those of "
@@ -313,9 +318,22 @@ def _vocabulary_changed(adapted: AdaptedModel, config: PeftConfig) -> bool:
     return before is not None and before != now
 
 
-def _embeddings_in(adapted: AdaptedModel, left: dict[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
-    """Whole embedding weights beside an adapter: PEFT writes them for targeted and for resized embeddings."""
-    found = {}
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tables are equal in the coarser of their dtypes: a base may be loaded in another precision."""
+    coarse = a.dtype if torch.finfo(a.dtype).eps > torch.finfo(b.dtype).eps else b.dtype
+    return torch.equal(a.to(b.device, coarse), b.to(coarse))
+
+
+def _embeddings_in(
+    adapted: AdaptedModel, left: dict[str, Tensor], problems: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Whole embedding weights beside an adapter: PEFT writes them for targeted and for resized embeddings.
+
+    Returns:
+        Those that differ from the base's, by parameter name, and the paths of all.
+    """
+    found: dict[str, Tensor] = {}
+    brought: list[str] = []
     for path in _embedding_paths(adapted):
         for key in (f"{PREFIX}{path}.base_layer.weight", f"{PREFIX}{path}.weight"):
             if key not in left:
@@ -327,9 +345,10 @@ def _embeddings_in(adapted: AdaptedModel, left: dict[str, Tensor], problems: lis
                     f"{key} has shape {tuple(tensor.shape)}, expected {tuple(now.shape)}: call "
                     f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
                 )
-            elif not now.is_meta and not torch.equal(tensor.to(now.device, now.dtype), now.detach()):
+            elif not now.is_meta and not _same(tensor, now.detach()):
                 found[f"{path}.weight"] = tensor
-    return found
+            brought.append(path)
+    return found, brought
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Collection
 
@@ -15,9 +16,9 @@ _VALUES = 8
 
 
 def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
-    """A text of two hashes: all parameter names and shapes, and a few sampled values.
+    """A text of three parts: a hash of all parameter names and shapes, the dtypes, and a few sampled values.
 
-    Values are compared as bfloat16, so that the same checkpoint loaded in another precision has the same mark.
+    Values are kept as bfloat16, so that the same checkpoint loaded in another precision has the same mark.
     Biases are left out of the values, since adapters may train them.
 
     Args:
@@ -25,7 +26,7 @@ def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
         leave_out: module paths that are not part of the base, such as a new head that the adapter brings.
     """
     names = [name for name in sorted(adapted.index.parameter_sizes) if not _inside(name, leave_out)]
-    shapes, values = hashlib.sha256(), hashlib.sha256()
+    shapes, values, dtypes = hashlib.sha256(), [], set()
     sampled = [name for name in names if "bias" not in name]
     sampled = sampled[:: max(1, len(sampled) // _PARAMETERS)]
     for name in names:
@@ -36,19 +37,38 @@ def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
         if parameter.is_meta or not parameter.is_floating_point():
             known = False
             continue
-        values.update(_sample(parameter))
-    return f"{shapes.hexdigest()[:16]}-{values.hexdigest()[:16] if known else 'unknown'}"
+        dtypes.add(str(parameter.dtype).removeprefix("torch."))
+        values.append(_sample(parameter))
+    samples = base64.b64encode(b"".join(values)).decode() if known else "unknown"
+    return f"{shapes.hexdigest()[:16]}-{'+'.join(sorted(dtypes))}-{samples}"
 
 
 def differs(saved: str, here: str) -> str | None:
     """In what two fingerprints differ, as a clause for a warning, or None."""
-    saved_shapes, _, saved_values = saved.partition("-")
-    here_shapes, _, here_values = here.partition("-")
+    saved_shapes, _, saved_rest = saved.partition("-")
+    here_shapes, _, here_rest = here.partition("-")
     if saved_shapes != here_shapes:
         return "its modules or their shapes differ"
-    if "unknown" not in (saved_values, here_values) and saved_values != here_values:
-        return "its weights differ"
-    return None
+    saved_dtypes, _, saved_values = saved_rest.partition("-")
+    here_dtypes, _, here_values = here_rest.partition("-")
+    if "unknown" in (saved_values, here_values) or saved_values == here_values:
+        return None
+    if saved_dtypes != here_dtypes and "float16" in f"{saved_dtypes}+{here_dtypes}".split("+"):
+        # Rounded to float16 first, a value may land one step of bfloat16 aside, or on zero.
+        a, b = _values(saved_values), _values(here_values)
+        step = torch.finfo(torch.bfloat16).eps
+        if a.shape == b.shape and ((a - b).abs() <= step * a.abs() + torch.finfo(torch.float16).tiny).all():
+            return None
+    return "its weights differ"
+
+
+def _values(samples: str) -> Tensor:
+    try:
+        raw = base64.b64decode(samples, validate=True)
+    except ValueError:
+        raw = b""
+    even = bytearray(raw[: len(raw) // 2 * 2]) or bytearray(2)
+    return torch.frombuffer(even, dtype=torch.bfloat16).float()
 
 
 def _sample(parameter: Tensor) -> bytes:

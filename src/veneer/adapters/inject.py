@@ -48,7 +48,8 @@ def inject(
         What was selected.
 
     Raises:
-        UsageError: the name is taken or cannot be a name.
+        UsageError: the name is taken or cannot be a name, or an adapter that is there saves whole what this one
+            changes, or the other way round.
         TargetError, ConfigError: see ``select``.
     """
     check_name(name)
@@ -56,6 +57,7 @@ def inject(
         raise UsageError(f"There is already an adapter {name!r}; delete it first, or choose another name.")
     assert isinstance(config, LowRankConfig)
     selection = selection or select(adapted.index, config)
+    adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
     init: AbstractInit = registry.load("inits", selection.config.init).Init()
     fresh = {
         target.slot.path: (
@@ -86,7 +88,7 @@ def check_name(name: str) -> None:
     """
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w\- ]*", name):
         raise UsageError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name == "training":
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
         raise UsageError(f"{name!r} cannot name an adapter: torch's containers use that word; choose another.")
 
 
@@ -151,7 +153,8 @@ def _commit(
             adapted.hang(slot.path, adapted.saved[slot.path])
         adapted.saved[slot.path].modules_to_save[name] = copies[slot.path]
     if selection.biases:
-        adapted.biases.add(name, {key: _bias_place(adapted, key) for key in selection.biases})
+        places = {key: _bias_place(adapted, key) for key in selection.biases}
+        adapted.biases.add(name, places, {key: adapted.original(key) for key in places})
     if first:
         for module in (adapted.model, *(slot.module for slot in adapted.index.slots.values())):
             for parameter in module._parameters.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from veneer.core import registry
@@ -87,10 +88,22 @@ class AdaptedLayer(nn.Module):
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         self.lora_dropout[name] = dropout
 
+    def materialise(self, name: str) -> None:
+        """Give an adapter that was made on the meta device memory beside the base's weight, not yet filled."""
+        device = self.base.weight().device
+        for key, parameter in self.tensors(name).items():
+            if parameter.is_meta:
+                container, _, leaf = key.partition(".")
+                here = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+                held: Any = self._modules[container]
+                if leaf:
+                    setattr(held[name], leaf, here)
+                else:
+                    held[name] = here
+
     def detach(self, name: str) -> None:
         """Forget an adapter. Absent names are fine, so that a half-done attach can be undone."""
-        for container in {key.partition(".")[0] for key in self.specs.get(name, {})}:
-            held = self._modules.get(container)
+        for container, held in list(self._modules.items()):
             if isinstance(held, nn.ModuleDict | nn.ParameterDict) and name in held:
                 del held[name]
                 if not len(held):

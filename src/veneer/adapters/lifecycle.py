@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.merge import merge, unmerge
+from veneer.adapters.merge import merge, merged_names, unmerge
 from veneer.core.errors import UsageError, listed
 
 
@@ -85,7 +85,7 @@ def show_whole(adapted: AdaptedModel) -> None:
 @contextmanager
 def disabled(adapted: AdaptedModel) -> Iterator[None]:
     """The base model alone, for the length of a with block; merged adapters are merged again after it."""
-    merged = list(dict.fromkeys(name for layer in adapted.layers.values() for name in layer.merged_adapters))
+    merged = merged_names(adapted)
     was_enabled = adapted.enabled
     if merged:
         unmerge(adapted)
@@ -96,6 +96,26 @@ def disabled(adapted: AdaptedModel) -> Iterator[None]:
         enable(adapted, was_enabled)
         if merged:
             merge(adapted, merged)
+
+
+def delete(adapted: AdaptedModel, name: str) -> None:
+    """Remove an adapter that others stand beside; what else is active or merged stays so.
+
+    When it was the only active one, the first that is left becomes active.
+
+    Raises:
+        UsageError: an unknown name, or the last adapter.
+    """
+    adapted.require(name)
+    if len(adapted.peft_config) == 1:
+        raise UsageError(f"{name!r} is the only adapter; unload() gives the base model back.")
+    still = [other for other in merged_names(adapted) if other != name]
+    unmerge(adapted)
+    remove(adapted, name)
+    if not adapted.active_adapters:
+        activate(adapted, next(iter(adapted.peft_config)))
+    if still:
+        merge(adapted, still)
 
 
 def remove(adapted: AdaptedModel, name: str) -> None:

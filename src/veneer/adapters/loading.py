@@ -37,9 +37,15 @@ def load_into(
     """
     fitted = fit(adapted, files)
     warn_of_other_base(adapted, files, fitted)
+    for key in fitted.embeddings:
+        warnings.warn(
+            f"The adapter brings its own {key}, which differs from the base model's; it replaces it.", stacklevel=4
+        )
     exists = name in adapted.peft_config
     if exists:
         _check_same(adapted, name, fitted)
+        for layer in adapted.layers_of(name).values():
+            layer.materialise(name)
     else:
         config = replace(fitted.selection.config, inference_mode=not trainable)
         inject(
@@ -69,9 +75,6 @@ def _pairs(adapted: AdaptedModel, name: str, fitted: Fitted, *, factors: bool) -
         values = adapted.biases.values(name)
         yield from ((values[key], loaded) for key, loaded in fitted.biases.items())
     for key, loaded in fitted.embeddings.items():
-        warnings.warn(
-            f"The adapter brings its own {key}, which differs from the base model's; it replaces it.", stacklevel=5
-        )
         yield adapted.original(key), loaded
 
 

@@ -32,15 +32,16 @@ def merge(
             gives them back.
 
     Raises:
-        UsageError: a name that is not there or already merged.
+        UsageError: a name that is not there or already merged, or the adapters are disabled.
         MergeError: a layer that cannot hold the merged update, or a result that is not finite. Nothing is
             merged then.
     """
-    wanted = list(adapted.active_adapters if names is None else names)
+    wanted = list(dict.fromkeys(adapted.active_adapters if names is None else names))
     for name in wanted:
         adapted.require(name)
-    done = {name for layer in adapted.layers.values() for name in layer.merged_adapters}
-    again = [name for name in wanted if name in done]
+    if not adapted.enabled:
+        raise UsageError("The adapters are disabled; merge after the disable_adapter() block.")
+    again = [name for name in wanted if name in merged_names(adapted)]
     if again:
         raise UsageError(f"Already merged: {listed(again)}.")
     plan = {
@@ -64,6 +65,11 @@ def merge(
         raise
 
 
+def merged_names(adapted: AdaptedModel) -> list[str]:
+    """The adapters that are merged into the weights at the moment."""
+    return list(dict.fromkeys(name for layer in adapted.layers.values() for name in layer.merged_adapters))
+
+
 def unmerge(adapted: AdaptedModel) -> None:
     """Give every merged layer its original weight back, the very same tensor."""
     for layer in adapted.layers.values():
@@ -82,7 +88,7 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
 
     Raises:
         MergeError: see ``merge``; also when merging would untie embeddings that an encoder-decoder model
-            computes with as one.
+            computes with as one. Nothing has changed then.
     """
     unties = _unties(adapted, merged)
     if unties and getattr(getattr(adapted.model, "config", None), "is_encoder_decoder", False):
@@ -90,15 +96,24 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
             f"{unties!r} shares its weight with another module, and {type(adapted.model).__name__} cannot be saved "
             "with the two different; use the adapter unmerged, or leave that module out of the adapter."
         )
+    were_merged, shown = merged_names(adapted), adapted.biases.shown
     unmerge(adapted)
-    if merged:
-        merge(adapted, merged, safe_merge=safe_merge, reversible=False)
+    try:
+        # Before merging: a lora_bias is merged into the bias that goes with it.
+        adapted.biases.show(next((name for name in merged if name in adapted.biases.trained), None))
+        if merged:
+            merge(adapted, merged, safe_merge=safe_merge, reversible=False)
+    except BaseException:
+        adapted.biases.show(shown)
+        if were_merged:
+            merge(adapted, were_merged)
+        raise
     for path, layer in adapted.layers.items():
         adapted.hang(path, layer.base_layer)
     for path, wrapper in adapted.saved.items():
         kept = next((name for name in merged if name in wrapper.modules_to_save), None)
         adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
-    adapted.biases.settle(merged)
+    adapted.biases.settle()
     if unties:
         _mark_untied(adapted.model)
     for name, parameter in adapted.model.named_parameters():
@@ -147,9 +162,9 @@ def _restore(layer: AdaptedLayer) -> None:
         now = parameters["weight"]
         assert now is not None
         for leaf, original in zip(("weight", "bias"), layer.unmerged, strict=True):
-            if original is not None and original.device != now.device:
-                # The model moved while merged, and the kept tensor was out of sight of ``to()``.
-                original.data = original.data.to(now.device)
+            if original is not None and (original.device, original.dtype) != (now.device, now.dtype):
+                # The model was moved or cast while merged, and the kept tensor was out of sight of ``to()``.
+                original.data = original.data.to(now.device, now.dtype)
             if leaf in parameters:
                 parameters[leaf] = original
         layer.unmerged = None

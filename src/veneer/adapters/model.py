@@ -262,14 +262,7 @@ class PeftModel(nn.Module):
         Raises:
             UsageError: an unknown name, or the last adapter (``unload()`` gives the base model back).
         """
-        adapted = self.base_model
-        adapted.require(adapter_name)
-        if len(adapted.peft_config) == 1:
-            raise UsageError(f"{adapter_name!r} is the only adapter; unload() gives the base model back.")
-        merging.unmerge(adapted)
-        lifecycle.remove(adapted, adapter_name)
-        if not adapted.active_adapters:
-            lifecycle.activate(adapted, next(iter(adapted.peft_config)))
+        lifecycle.delete(self.base_model, adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -302,8 +295,9 @@ class PeftModel(nn.Module):
             adapter_names: adapters to merge instead of the active ones.
         """
         adapted = self.base_model
-        merged = [name for layer in adapted.layers.values() for name in layer.merged_adapters]
-        wanted = dict.fromkeys([*merged, *(adapted.active_adapters if adapter_names is None else adapter_names)])
+        wanted = dict.fromkeys(
+            [*merging.merged_names(adapted), *(adapted.active_adapters if adapter_names is None else adapter_names)]
+        )
         return merging.unload(adapted, merged=list(wanted), safe_merge=safe_merge)
 
     def unload(self) -> nn.Module:

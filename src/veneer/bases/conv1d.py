@@ -28,7 +28,7 @@ class Base(AbstractBase):
         return (
             type(module).__name__ == "Conv1D"
             and type(module).__module__.startswith("transformers.")
-            and type(module.weight) in (nn.Parameter, Tensor)
+            and type(module._parameters.get("weight")) is nn.Parameter
             and module.weight.is_floating_point()
         )
 

@@ -30,7 +30,7 @@ class Base(AbstractBase):
     def accepts(module: nn.Module) -> bool:
         return (
             isinstance(module, nn.Embedding)
-            and type(module.weight) in (nn.Parameter, Tensor)
+            and type(module._parameters.get("weight")) is nn.Parameter
             and module.weight.is_floating_point()
             and module.max_norm is None
             and (type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale"))

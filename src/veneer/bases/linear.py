@@ -27,7 +27,7 @@ class Base(AbstractBase):
     def accepts(module: nn.Module) -> bool:
         return (
             isinstance(module, nn.Linear)
-            and type(module.weight) in (nn.Parameter, Tensor)
+            and type(module._parameters.get("weight")) is nn.Parameter
             and module.weight.is_floating_point()
         )
 
