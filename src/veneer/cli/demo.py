@@ -30,7 +30,7 @@ _MARK = "demo.json"
 _HELD_OUT = 32
 _SHOWN = 3
 _ANSWER_TOKENS = 32
-# Chosen so that the held-out loss falls clearly within 40 steps and two cores are done in about two minutes.
+# Chosen so that the held-out loss falls clearly within 30 steps, which take two cores about one and a half minutes.
 _SETTINGS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16,
@@ -76,7 +76,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Use this chat model instead of SmolLM2-135M-Instruct.", show_default=False)
     ] = None,
-    examples: Annotated[int, typer.Option(help="Functions to learn from.", min=8)] = 320,
+    examples: Annotated[int, typer.Option(help="Functions to learn from.", min=8)] = 240,
     seed: Annotated[int, typer.Option(help="Chooses and orders the functions.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier demo.")] = False,
 ) -> DemoReport:

@@ -23,6 +23,8 @@ _LEFT_OUT = frozenset(
 )
 _WORDS = (4, 20)
 _SIGNATURE_LENGTH = 160
+# No large module may stand for the whole library.
+_PER_MODULE = 8
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ def docstring_pairs(
         part = next((number for number in (0, 1) if len(parts[number]) < wanted[number]), 2)
         if part == 2:
             break
+        # A summary told twice (an overridden method, a copied function) would leak between the parts.
+        fresh: dict[str, DocstringPair] = {}
         for pair in _pairs_of(path, str(path.relative_to(folder))):
-            # A summary told twice (an overridden method, a copied function) would leak between the parts.
             if pair.signature not in seen and pair.summary.lower() not in seen:
                 seen |= {pair.signature, pair.summary.lower()}
-                parts[part].append(pair)
+                fresh[pair.signature] = pair
+        parts[part].extend(random.Random(seed).sample(list(fresh.values()), min(len(fresh), _PER_MODULE)))
     if any(len(found) < count for found, count in zip(parts, wanted, strict=True)):
         raise DataError(
             f"{folder} has {len(parts[1])} training and {len(parts[0])} held-out functions with a usable docstring; "

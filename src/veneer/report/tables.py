@@ -125,7 +125,7 @@ def norm_table(layers: Sequence[LayerNorms]) -> Table:
         numbers=("r", "scaling", "|A|", "|B|", "|s B A|"),
     )
     for layer in layers:
-        norms = (f"{layer.norm_A:.4g}", f"{layer.norm_B:.4g}", f"{layer.norm_BA:.4g}")
+        norms = (f"{layer.a_norm:.4g}", f"{layer.b_norm:.4g}", f"{layer.update_norm:.4g}")
         made.add_row(layer.path, str(layer.r), f"{layer.scaling:.4g}", *norms)
     return made
 
