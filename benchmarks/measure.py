@@ -23,6 +23,8 @@ from typing import Any, Self
 
 RESULTS = Path(__file__).with_name("results.csv")
 
+_QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,7 +52,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=_QUIET,
         )
 
     def __enter__(self) -> Self:
@@ -100,7 +102,7 @@ def fresh(code: str, names: Sequence[str], repeats: int) -> dict[str, list[float
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                env=_QUIET,
             ).stdout
             if number >= 0:
                 seconds[name].append(float(out.split()[-1]))
@@ -180,7 +182,7 @@ class Results:
         )
         self.rows.append(row)
         beside = "" if theirs is None else f"   peer {row.peer:>8} {unit}   ratio {row.ratio}"
-        print(f"  {case:<34} {metric:<22} {row.veneer:>8} {unit}{beside}", flush=True)
+        print(f"  {case:<62} {metric:<14} {row.veneer:>8} {unit}{beside}", flush=True)
 
     def save(self) -> None:
         """Append what was added to the file, if there is one."""
