@@ -18,19 +18,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from veneer.core.config import LoraConfig, PeftConfig, field_docs
+from veneer.core.config import LoraConfig, field_docs
 from veneer.core.errors import ConfigError
+from veneer.train.config import adapter_fields
 
 PANEL = "Adapter"
 """The heading that the generated flags stand under in the help."""
 
-_BOOKKEEPING = {f.name for f in dataclasses.fields(PeftConfig)}
 _REGEX_SIGNS = re.compile(r"[\\*+?\[\](){}|^$]")
-
-
-def adapter_fields() -> tuple[dataclasses.Field[Any], ...]:
-    """The fields of ``LoraConfig`` that have a flag: all but those that only keep the files' books."""
-    return tuple(f for f in dataclasses.fields(LoraConfig) if f.name not in _BOOKKEEPING)
 
 
 def adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,11 +36,12 @@ def adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(command, eval_str=True)
     kept = [parameter for name, parameter in signature.parameters.items() if name != "adapter_values"]
-    added = [_parameter(field) for field in adapter_fields()]
+    defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    added = [_parameter(defaults[name]) for name in adapter_fields()]
 
     @functools.wraps(command)
     def with_fields(**given: Any) -> Any:
-        texts = {field.name: given.pop(field.name, None) for field in adapter_fields()}
+        texts = {name: given.pop(name, None) for name in adapter_fields()}
         return command(**given, adapter_values=adapter_values(texts))
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*kept, *added)]

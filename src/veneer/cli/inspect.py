@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.fields import adapter_config, adapter_fields, adapter_options
+from veneer.cli.fields import adapter_config, adapter_options
 from veneer.cli.output import console
 from veneer.core.errors import TargetError, UsageError
 from veneer.core.hub import CONFIG_NAME
 from veneer.core.records import LayerNorms, MatchReport, ModuleRecord
+from veneer.train.config import adapter_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +115,7 @@ def _adapter(name: str) -> dict[str, Any]:
     folder = adapter_folder(name)
     read = files.read(folder)
     defaults = {f.name: f.default for f in dataclasses.fields(read.config)}
-    shown = {"r", "lora_alpha", "task_type", "base_model_name_or_path", *(f.name for f in adapter_fields())}
+    shown = {"r", "lora_alpha", "task_type", "base_model_name_or_path", *adapter_fields()}
     config = {
         key: value
         for key, value in dataclasses.asdict(read.config).items()

@@ -23,8 +23,8 @@ _LEFT_OUT = frozenset(
 )
 _WORDS = (4, 20)
 _SIGNATURE_LENGTH = 160
-# No large module may stand for the whole library.
-_PER_MODULE = 8
+# (held out, train): no large module may stand for the whole library.
+_PER_MODULE = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def docstring_pairs(
             if pair.signature not in seen and pair.summary.lower() not in seen:
                 seen |= {pair.signature, pair.summary.lower()}
                 fresh[pair.signature] = pair
-        parts[part].extend(random.Random(seed).sample(list(fresh.values()), min(len(fresh), _PER_MODULE)))
+        parts[part].extend(random.Random(seed).sample(list(fresh.values()), min(len(fresh), _PER_MODULE[part])))
     if any(len(found) < count for found, count in zip(parts, wanted, strict=True)):
         raise DataError(
             f"{folder} has {len(parts[1])} training and {len(parts[0])} held-out functions with a usable docstring; "

@@ -61,10 +61,10 @@ def load_model(
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    config = load_config(name_or_path)
+    load_config(name_or_path)
     model_class = getattr(transformers, auto_class)
     # Mismatches are let through so that they come back in the report instead of as a table on the screen.
-    given = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}
+    given = {"dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}
     with _in_one_sentence(name_or_path, f"could not be loaded with {auto_class}"), _log_errors_only():
         model, report = model_class.from_pretrained(_source(name_or_path), output_loading_info=True, **given)
     _check_report(str(name_or_path), model, report, whole=auto_class in _WHOLE_MODELS, options=options)
