@@ -85,6 +85,7 @@ def test_without_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_incomplete_folder_is_replaced(cache: Path, tmp_path: Path) -> None:
+    cache.mkdir()
     folder = cache / "model"
     smollm.into_place(_made(tmp_path / "one"), folder)
     assert smollm.is_complete(folder)
