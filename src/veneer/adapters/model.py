@@ -348,9 +348,10 @@ class PeftModel(nn.Module):
         """
         unused = {
             id(parameter)
-            for wrapper in self.base_model.saved.values()
+            for path, wrapper in self.base_model.saved.items()
             if wrapper.active is not None
-            for parameter in wrapper.original_module.parameters()
+            for name, parameter in wrapper.original_module.named_parameters()
+            if f"{path}.{name}".rpartition(".")[0] not in self.base_model.index.tied
         }
         counted = [parameter for parameter in self.parameters() if id(parameter) not in unused]
         return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
@@ -409,7 +410,7 @@ class PeftModel(nn.Module):
         """
         active = self.base_model.active_adapters
         own = files.adapter_state(self.base_model, active[0]) if len(active) == 1 else {}
-        if own.keys() != state_dict.keys():
+        if own.keys() != state_dict.keys() or any(own[key].shape != state_dict[key].shape for key in own):
             return super().load_state_dict(state_dict, strict, assign)
         with torch.no_grad():
             for key, tensor in own.items():
