@@ -30,6 +30,7 @@ _MARK = "demo.json"
 _HELD_OUT = 32
 _SHOWN = 3
 _ANSWER_TOKENS = 32
+_NEW_FUNCTION = "def count_words(text, ignore_case=True):"
 # Chosen so that the held-out loss falls clearly within 30 steps, which take two cores about one and a half minutes.
 _SETTINGS: dict[str, Any] = {
     "r": 8,
@@ -156,7 +157,7 @@ def _run(
         reload_difference=reload_difference,
         merge=merge,
         plot=str(loss_plot(result.folder)),
-        commands=_commands(name, output, held_out[_SHOWN].signature),
+        commands=_commands(name, output),
         seconds=time.perf_counter() - began,
     )
 
@@ -222,10 +223,10 @@ def _reloaded(name: str, adapter: Path, trained: Any) -> float:
     return compared.largest
 
 
-def _commands(name: str, output: Path, signature: str) -> tuple[str, ...]:
+def _commands(name: str, output: Path) -> tuple[str, ...]:
     from veneer.data.docstrings import INSTRUCTION
 
-    ask = f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(signature)}"
+    ask = f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(_NEW_FUNCTION)}"
     model, run = shlex.quote(name), shlex.quote(str(output / "run"))
     return (
         f"veneer generate --model {model} --adapter {run} {ask}",
@@ -245,7 +246,8 @@ def _show(report: DemoReport) -> None:
     assert run.held_out_after is not None
     for one in report.answers:
         answers = {"in the library": one.expected, "before": one.before, "after": one.after}
-        screen.print("", side_by_side(answers, prompt=one.signature))
+        screen.print()
+        screen.print(side_by_side(answers, prompt=one.signature))
     before, after = run.held_out_before["loss"], run.held_out_after["loss"]
     rows = {
         "held-out loss": f"{before:.3f} before, {after:.3f} after ({run.steps} steps, {run.seconds:.0f} s of training)",
@@ -256,7 +258,9 @@ def _show(report: DemoReport) -> None:
         "loss plot": report.plot,
         "time": f"{report.seconds:.0f} s in all",
     }
-    screen.print("", facts(rows), "", "Go on with:")
+    screen.print()
+    screen.print(facts(rows))
+    screen.print("\nGo on with:", style="bold")
     for command in report.commands:
         screen.print(f"  {command}", markup=False, soft_wrap=True)
 

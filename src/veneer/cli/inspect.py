@@ -61,10 +61,11 @@ def _model(name: str, task: str | None, values: dict[str, Any]) -> dict[str, Any
     report, problem = _matched(index, config, asked=bool(values or task))
     screen = console()
     size = modules[0].parameters
-    screen.print(facts({"model": name, "class": type(model).__name__, "parameters": f"{size:,}"}), "")
-    screen.print(module_tree(modules), "", adaptable_table(modules))
+    shown = [facts({"model": name, "class": type(model).__name__, "parameters": f"{size:,}"}), ""]
+    shown += [module_tree(modules), "", adaptable_table(modules)]
     if report is not None:
-        screen.print(pattern_table(report), target_table(report))
+        shown += [pattern_table(report), target_table(report)]
+    screen.print(*shown, sep="\n")
     if problem is not None:
         console(stderr=True).print(problem, style="yellow", markup=False)
     return {
@@ -126,8 +127,9 @@ def _adapter(name: str) -> dict[str, Any]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in read.tensors.values())
     parameters = sum(tensor.numel() for tensor in read.tensors.values())
     screen = console()
-    screen.print(facts({"adapter": str(folder), "parameters": f"{parameters:,}", "size": megabytes(size)}), "")
-    screen.print(facts(config, title="Config"), "", norm_table(layers))
+    head = facts({"adapter": str(folder), "parameters": f"{parameters:,}", "size": megabytes(size)})
+    screen.print(head, "", facts(config, title="Config"), "", norm_table(layers), sep="\n")
+
     if whole:
         screen.print(facts({key: tuple(read.tensors[key].shape) for key in whole}, title="Other tensors"))
     if layers and all(layer.update_norm == 0.0 for layer in layers):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from veneer.core.errors import DataError
 
-INSTRUCTION = "Write the first line of this Python function's docstring."
+INSTRUCTION = "Write the first line of the docstring of this Python function."
 """What the model is asked for, as the system message."""
 
 _LEFT_OUT = frozenset(
