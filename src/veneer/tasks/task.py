@@ -6,7 +6,7 @@ Shape legend: B sequences, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -133,19 +133,24 @@ def measure(
     *,
     batch_size: int,
     device: torch.device | str,
+    on_share: Callable[[float], object] = lambda share: None,
 ) -> Tally:
     """The tally of a set of examples, without gradients and without dropout; the model's mode is put back.
 
-    Examples of similar length share a batch; the figures do not depend on how they are batched.
+    Examples of similar length share a batch; the figures do not depend on how they are batched. ``on_share`` is
+    told the share of the examples that is done, after each batch.
     """
     was_training = model.training
     model.eval()
     total = Tally()
+    done = 0
     try:
         with torch.no_grad():
             for group in _by_length(examples, batch_size):
                 batch = {key: value.to(device) for key, value in task.collate(group, tokenizer).items()}
                 total += task.loss(model, batch).tally
+                done += len(group)
+                on_share(done / len(examples))
     finally:
         model.train(was_training)
     return total

@@ -66,6 +66,9 @@ class ProgressBar:
             disable=console is None,
             expand=True,
         )
+        self.steps = steps
+        # Into a file no bar is drawn until its end; a line now and then says how far the run is.
+        self.every = max(1, steps // 10)
         self.task = self.bar.add_task("training", total=steps, figures="")
 
     def __enter__(self) -> Self:
@@ -79,10 +82,13 @@ class ProgressBar:
         """Show the state after a step; ``memory`` in bytes."""
         figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {memory / 1e9:.1f} GB"
         self.bar.update(self.task, completed=step, figures=figures)
+        if not self.bar.console.is_terminal and step % self.every == 0:
+            self.note(f"step {step} of {self.steps}: {figures}")
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self.bar.console.print(text, markup=False) if not self.bar.disable else None
+        if not self.bar.disable:
+            self.bar.console.print(text, markup=False)
 
     def doing(self, what: str) -> None:
         """What the run is busy with."""

@@ -95,8 +95,9 @@ def train(
     )
     if on_ready is not None and accelerator.is_main_process:
         on_ready(plan)
-    loop = Loop(plan, accelerator)
-    return loop.run(console if accelerator.is_main_process else None)
+    # A slower process must have found the folder empty before the first one writes into it.
+    accelerator.wait_for_everyone()
+    return Loop(plan, accelerator).run(console if accelerator.is_main_process else None)
 
 
 def _accelerator(precision: str) -> Accelerator:
@@ -285,7 +286,6 @@ class Loop:
         held_out = self.plan.held_out
         if held_out is None:
             return None
-        self.bar.doing("held out")
         tally = measure(
             self.plan.task,
             self.model,
@@ -293,6 +293,7 @@ class Loop:
             self.plan.tokenizer,
             batch_size=self.config.batch_size,
             device=self.accelerator.device,
+            on_share=lambda share: self.bar.doing(f"held out {share:.0%}"),
         )
         metrics = self.plan.task.metrics(tally)
         if self.accelerator.is_main_process:
