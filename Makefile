@@ -14,7 +14,7 @@ help:  ## Say what there is to make.
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(READY)  ## Fine-tune a small language model on this machine, from data to merged model.
-	$(BIN)/veneer demo
+	$(BIN)/veneer demo --output runs/demo --force
 
 # One thread a worker: two workers with two threads each would fight over two cores.
 test: $(READY)  ## Run the tests.

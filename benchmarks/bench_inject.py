@@ -74,12 +74,12 @@ def main() -> None:
         options.results = RESULTS
     results = Results("inject", options.results)
     for shape, (device, values) in (TINY if options.tiny else SHAPES).items():
-        for name, targets in TARGETS.items():
+        for name, targets in list(TARGETS.items())[: 1 if options.tiny else None]:
             code = INJECT.format(device=device, shape=values, targets=targets)
-            seconds = fresh(code, ["veneer", "peft"], options.repeats)
+            seconds = fresh(code, ["veneer", "peft"], options.repeats, warm=not options.tiny)
             compare(results, f"{shape} {name}", "get_peft_model", seconds["veneer"], seconds["peft"])
     ours, theirs = ["import veneer", USE.format("veneer")], ["import torch", USE.format("peft")]
-    seconds = fresh(IMPORT, [*ours, *theirs], options.repeats)
+    seconds = fresh(IMPORT, [*ours, *theirs], options.repeats, warm=not options.tiny)
     for statement in ours:
         for peer in theirs:
             compare(results, f"{statement} / {peer}", "import", seconds[statement], seconds[peer])

@@ -89,13 +89,13 @@ def in_turn(workers: Mapping[str, Worker], command: str, repeats: int) -> dict[s
     return answers
 
 
-def fresh(code: str, names: Sequence[str], repeats: int) -> dict[str, list[float]]:
+def fresh(code: str, names: Sequence[str], repeats: int, *, warm: bool = True) -> dict[str, list[float]]:
     """The seconds that ``code`` prints in fresh interpreters, in turn for each name put in for ``NAME``.
 
-    One round before the first is thrown away: it fills the file cache.
+    With ``warm``, one round before the first is thrown away: it fills the file cache.
     """
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-1, repeats):
+    for number in range(-1 if warm else 0, repeats):
         for name in names if number % 2 else reversed(names):
             out = subprocess.run(
                 [sys.executable, "-c", code.replace("NAME", name)],

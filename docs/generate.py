@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, Union
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -83,7 +83,7 @@ def flag(parameter: Any) -> tuple[str, str, str]:
     takes = "" if parameter.is_flag else f" {parameter.metavar or ('NUMBER' if is_number else 'TEXT')}"
     if parameter.required:
         shown = "required"
-    elif is_number or (isinstance(value, str) and value):
+    elif is_number or (isinstance(value, str | PurePath) and str(value)):
         shown = str(value)
     return f"`{names}{takes}`", f"`{shown}`" if shown and shown != "required" else shown, meaning
 
