@@ -51,10 +51,12 @@ def test_peak_memory_is_in_bytes() -> None:
 
 
 def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
-    with Interrupt() as interrupt:
+    told = []
+    with Interrupt(lambda: told.append("asked")) as interrupt:
         assert not interrupt.asked
         os.kill(os.getpid(), 2)
         assert interrupt.asked
+        assert told == ["asked"]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), 2)
     with pytest.raises(KeyboardInterrupt):

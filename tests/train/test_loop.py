@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.utils import set_seed
 
 from tests import chat
 from veneer.adapters.model import PeftModel, get_peft_model
-from veneer.core.errors import ConfigError, DataError, TargetError, TrainingError, UsageError
+from veneer.core.errors import ConfigError, DataError, DiskError, TargetError, TrainingError, UsageError
 from veneer.data.collate import collate
 from veneer.data.sources import rows_of
 from veneer.tasks import task as tasks
@@ -182,6 +183,31 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_does_not_wait_for_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, measured = Task.loss, []
+
+    def interrupting(self: Task, model: Any, batch: Any) -> Any:
+        if not model.training:
+            measured.append(batch)
+            if len(measured) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(Task, "loss", interrupting)
+    result = run(tmp_path / "run", eval_fraction=0.25, batch_size=1, eval_every=3)
+    assert result.record.interrupted
+    assert result.record.steps == 3
+    assert result.record.held_out_after is None
+    assert len(measured) == 5
+    assert (tmp_path / "run/last/adapter_model.safetensors").is_file()
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DiskError, match="Could not write"):
+        run(tmp_path / "file/run")
 
 
 def test_a_loss_that_is_not_finite_names_its_batch_and_keeps_the_rest(tmp_path: Path) -> None:

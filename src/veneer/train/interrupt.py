@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self, final
 
@@ -12,10 +13,11 @@ from typing import Any, Self, final
 class Interrupt:
     """While entered, the first Ctrl-C sets ``asked``; the second interrupts at once, as usual.
 
-    Outside the main thread, where Python delivers no signals, it does nothing.
+    Outside the main thread, where Python delivers no signals, it does nothing. ``on_ask`` is called at the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_ask: Callable[[], object]) -> None:
+        self.on_ask = on_ask
         self.asked = False
         self.before: Any = None
 
@@ -34,3 +36,4 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        self.on_ask()

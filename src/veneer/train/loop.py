@@ -119,7 +119,7 @@ class Loop:
         self.plan = plan
         self.config = plan.config
         self.accelerator = accelerator
-        self.folder = Path(plan.config.output)
+        self.folder = Path(plan.config.output).expanduser()
         self.bare = plan.trained.model
         optimiser = adamw(
             self.bare.parameters(),
@@ -128,6 +128,7 @@ class Loop:
         )
         self.schedule = scheduled(optimiser, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
         self.model, self.optimiser, self.loader = accelerator.prepare(self.bare, optimiser, loader(plan))
+        self.interrupt = Interrupt(self._on_interrupt)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -142,22 +143,21 @@ class Loop:
 
     def run(self, console: Console | None) -> RunResult:
         """All steps, with the measurements around them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(self.folder)
         self._begin()
         interrupted = False
-        with checkpointing(self.bare, self.config.gradient_checkpointing), Interrupt() as interrupt:
-            with ProgressBar(console, self.plan.steps) as self.bar:
-                try:
-                    self._first_measurement()
-                    self._steps(interrupt)
-                    interrupted = interrupt.asked and self.step < self.plan.steps
-                except KeyboardInterrupt:
-                    interrupted = True
-                except TrainingError as error:
-                    self.log.write("error", step=self.step, message=str(error))
-                    self._save_last()
-                    raise
+        checkpointed = checkpointing(self.bare, self.config.gradient_checkpointing)
+        with ProgressBar(console, self.plan.steps) as self.bar, checkpointed, self.interrupt:
+            try:
+                self.before = self._measure()
+                self._steps()
+                interrupted = self.interrupt.asked and self.step < self.plan.steps
+            except KeyboardInterrupt:
+                interrupted = True
+            except TrainingError as error:
+                self.log.write("error", step=self.step, message=str(error))
+                self._save_last()
+                raise
             if interrupted and self.step == 0:
                 self._undo()
                 raise KeyboardInterrupt
@@ -197,14 +197,11 @@ class Loop:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _first_measurement(self) -> None:
-        self.before = self._measure()
-
-    def _steps(self, interrupt: Interrupt) -> None:
+    def _steps(self) -> None:
         self.model.train()
         every = self.config.eval_every or self.plan.steps_per_epoch
         each = groups(self.loader, self.config.accumulation)
-        while self.step < self.plan.steps and not interrupt.asked:
+        while self.step < self.plan.steps and not self.interrupt.asked:
             began = time.perf_counter()
             tally, norm, tokens = self._one_step(next(each))
             self.seconds += time.perf_counter() - began
@@ -214,8 +211,6 @@ class Loop:
             self._log_step(tally, norm)
             if self.step % every == 0 or self.step == self.plan.steps:
                 self._evaluate()
-        if self.measured_at != self.step and interrupt.asked and self.step:
-            self.bar.note(f"Interrupted after step {self.step}; saving what was learned.")
 
     def _one_step(self, group: Sequence[dict[str, Any]]) -> tuple[Tally, float, int]:
         """One optimiser step over a group of batches.
@@ -293,7 +288,7 @@ class Loop:
             self.plan.tokenizer,
             batch_size=self.config.batch_size,
             device=self.accelerator.device,
-            on_share=lambda share: self.bar.doing(f"held out {share:.0%}"),
+            on_share=self._on_share,
         )
         metrics = self.plan.task.metrics(tally)
         if self.accelerator.is_main_process:
@@ -302,6 +297,14 @@ class Loop:
         self.bar.note(f"step {self.step}, held out: {shown}")
         self.bar.doing("training")
         return metrics
+
+    def _on_share(self, share: float) -> None:
+        if self.interrupt.asked:
+            raise KeyboardInterrupt
+        self.bar.doing(f"held out {share:.0%}")
+
+    def _on_interrupt(self) -> None:
+        self.bar.note("Interrupted: finishing this step, then saving what was learned. Ctrl-C again stops at once.")
 
     # What it keeps
 

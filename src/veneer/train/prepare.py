@@ -63,7 +63,7 @@ def prepare(
     from veneer.tasks.loading import load_config, load_model, load_tokenizer
 
     task = tasks.get(config.task)
-    check_free(Path(config.output))
+    check_free(Path(config.output).expanduser())
     if config.model is None and (model is None or tokenizer is None):
         raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
     rows, held_out_rows, notes = _rows(config, train_rows, eval_rows)
