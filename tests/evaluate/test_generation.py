@@ -10,7 +10,8 @@ import torch
 
 from tests import chat
 from veneer import LoraConfig, UsageError, get_peft_model
-from veneer.evaluate.generation import Sampling, answer, answers, encode, stop_ids
+from veneer.evaluate.generation import answer, answers, encode, stop_ids
+from veneer.evaluate.sampling import Sampling
 
 PROMPT = "what colour is the stone"
 

@@ -29,10 +29,12 @@ def env() -> dict[str, Any]:
     Example: veneer env
     """
     from veneer.cli.output import console
-    from veneer.report.tables import sections
+    from veneer.report.tables import megabytes, sections
 
     facts = environment()
-    console().print(sections(facts))
+    versions = {name: value or "not installed" for name, value in facts["versions"].items()}
+    memory = {name: "unknown" if size is None else megabytes(size) for name, size in facts["memory"].items()}
+    console().print(sections({**facts, "versions": versions, "memory": memory}))
     return facts
 
 

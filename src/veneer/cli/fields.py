@@ -25,6 +25,7 @@ from veneer.train.config import adapter_fields
 PANEL = "Adapter"
 """The heading that the generated flags stand under in the help."""
 
+_HINTS, _DOCS = get_type_hints(LoraConfig), field_docs(LoraConfig)
 _REGEX_SIGNS = re.compile(r"[\\*+?\[\](){}|^$]")
 
 
@@ -74,10 +75,10 @@ def adapter_config(values: Mapping[str, Any], **more: Any) -> LoraConfig:
 
 def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     """The typer parameter of one field, absent by default."""
-    hint = get_type_hints(LoraConfig)[field.name]
+    hint = _HINTS[field.name]
     flag = f"--{field.name.replace('_', '-')}"
     options: dict[str, Any] = {
-        "help": field_docs(LoraConfig)[field.name].replace("[", "\\[") + _shown_default(field),
+        "help": _DOCS[field.name].replace("[", "\\[") + _shown_default(field),
         "rich_help_panel": PANEL,
     }
     annotation: Any

