@@ -30,7 +30,11 @@ def locate(
     Raises:
         UsageError: no such folder and no such file on the hub, or the hub is out of reach.
     """
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        # "~someone" without such a user.
+        folder = Path(name)
     if folder.is_dir():
         path = folder / subfolder / filename if subfolder else folder / filename
         if path.is_file():
