@@ -58,8 +58,11 @@ def generate(
         screen.print(side_by_side({a.adapter: a.text for a in found}))
     else:
         name = names[0] if names else BASE
-        found = [answer(loaded, tokenizer, encoded, sampling, name=name, on_text=_show)]
-        screen.print()
+        try:
+            found = [answer(loaded, tokenizer, encoded, sampling, name=name, on_text=_show)]
+        finally:
+            # An interrupt must not leave the prompt behind half an answer.
+            screen.print()
     for one in found:
         ending = "" if one.stopped else f", cut at --max-new-tokens {max_new_tokens}"
         speed = one.tokens / max(one.seconds, 1e-9)
