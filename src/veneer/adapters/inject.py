@@ -109,8 +109,11 @@ def _start(target: Target, init: AbstractInit, widen: bool, device: torch.device
 def _cast(given: Mapping[str, Tensor], target: Target, widen: bool) -> dict[str, Tensor]:
     """Loaded tensors keep their dtype, except that halves follow PEFT's rule; they move to the base's device."""
     W = view(target.kind, target.slot.module).weight()
+    # A copy: a tensor that lies in the mapped file is not aligned, and products of it may round otherwise.
     return {
-        key: tensor.to(device=W.device, dtype=torch.float32 if widen and tensor.dtype in _HALF else tensor.dtype)
+        key: tensor.to(
+            device=W.device, dtype=torch.float32 if widen and tensor.dtype in _HALF else tensor.dtype, copy=True
+        )
         for key, tensor in given.items()
     }
 

@@ -19,6 +19,14 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels import reference
 
 
+def _update(y_NO: Tensor, in_A: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """Add the update into ``y_NO`` in place; returns ``A x^T`` as (R, N)."""
+    # With the thin factor on the left, a product of it is two to three times as fast on a CPU.
+    xA_RN = A_RI @ in_A.reshape(-1, in_A.shape[-1]).t()
+    y_NO.addmm_(xA_RN.t(), B_OR.t(), alpha=scaling)
+    return xA_RN
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -31,12 +39,10 @@ class _LoraLinear(torch.autograd.Function):
         B_OR: Tensor,
         scaling: float,
     ) -> Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
         in_A = x if dropped is None else dropped
-        xA_NR = in_A.reshape(-1, x.shape[-1]) @ A_RI.t()
-        y_NO = F.linear(x_NI, W_OI, bias_O)
-        y_NO.addmm_(xA_NR, B_OR.t(), alpha=scaling)
-        ctx.save_for_backward(in_A, xA_NR, W_OI, A_RI, B_OR)
+        y_NO = F.linear(x.reshape(-1, x.shape[-1]), W_OI, bias_O)
+        xA_RN = _update(y_NO, in_A, A_RI, B_OR, scaling)
+        ctx.save_for_backward(in_A, xA_RN, W_OI, A_RI, B_OR)
         ctx.scaling = scaling
         ctx.has_dropped = dropped is not None
         return y_NO.view(*x.shape[:-1], W_OI.shape[0])
@@ -44,22 +50,22 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        in_A, xA_NR, W_OI, A_RI, B_OR = ctx.saved_tensors
+        in_A, xA_RN, W_OI, A_RI, B_OR = ctx.saved_tensors
         need_x, need_dropped, _, need_bias, need_A, need_B, _ = ctx.needs_input_grad
         g_NO = grad.reshape(-1, grad.shape[-1])
-        gB_NR = (g_NO @ B_OR).mul_(ctx.scaling)
+        gB_RN = (B_OR.t() @ g_NO.t()).mul_(ctx.scaling)
         d_x = d_dropped = d_bias = d_A = d_B = None
         if need_B:
-            d_B = (g_NO.t() @ xA_NR).mul_(ctx.scaling)
+            d_B = (xA_RN @ g_NO).t().mul(ctx.scaling).contiguous()
         if need_A:
-            d_A = gB_NR.t() @ in_A.reshape(-1, in_A.shape[-1])
+            d_A = gB_RN @ in_A.reshape(-1, in_A.shape[-1])
         if need_x:
             d_x = g_NO @ W_OI
             if not ctx.has_dropped:
-                d_x.addmm_(gB_NR, A_RI)
+                d_x.addmm_(gB_RN.t(), A_RI)
             d_x = d_x.view(in_A.shape)
         if need_dropped:
-            d_dropped = (gB_NR @ A_RI).view(in_A.shape)
+            d_dropped = (gB_RN.t() @ A_RI).view(in_A.shape)
         if need_bias:
             d_bias = g_NO.sum(0)
         return d_x, d_dropped, None, d_bias, d_A, d_B, None
@@ -96,9 +102,10 @@ def lora_linear(
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     A, B = A_RI.to(dtype), B_OR.to(dtype)
     if not torch.is_grad_enabled():
-        # Without a graph there is nothing to save, and plain operations let a compiler fuse.
-        xA = F.linear(x if dropped is None else dropped, A)
-        return F.linear(x, W_OI, bias_O).add_(F.linear(xA, B), alpha=scaling)
+        # Without a graph there is nothing to save.
+        y_NO = F.linear(x.reshape(-1, x.shape[-1]), W_OI, bias_O)
+        _update(y_NO, (x if dropped is None else dropped).to(dtype), A, B, scaling)
+        return y_NO.view(*x.shape[:-1], W_OI.shape[0])
     if W_OI.requires_grad:
         return reference.lora_linear(x, W_OI, bias_O, A, B, scaling, dropped)
     if autocast:
