@@ -72,8 +72,10 @@ def test_what_is_wrong_is_told(model: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_names_tell_adapters_apart() -> None:
     assert adapter_names(["a/one", "b/two/"]) == ["one", "two"]
-    assert adapter_names(["a/best", "b/best"]) == ["a/best", "b/best"]
-    assert adapter_names(["a/v1.0"]) == ["v1_0"]
-    assert adapter_names(["a/base"]) == ["a/base"]
+    assert adapter_names(["a/best", "b/best"]) == ["a-best", "b-best"]
+    assert adapter_names(["a/v1.0 (old)"]) == ["v1_0__old_"]
+    assert adapter_names(["a/base"]) == ["run-base"]
+    assert adapter_names(["a/values"]) == ["run-values"]
+    assert adapter_names(["a/-x"]) == ["run--x"]
     with pytest.raises(UsageError, match="twice"):
         adapter_names(["a", "./a"])

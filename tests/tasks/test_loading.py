@@ -21,6 +21,7 @@ from veneer.tasks.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    tokenizer_for,
 )
 
 
@@ -185,3 +186,17 @@ class TestAdapterFolder:
         (tmp_path / "empty").mkdir()
         with pytest.raises(UsageError, match="neither a run folder nor an adapter folder"):
             adapter_folder(tmp_path / "empty")
+
+
+def test_the_tokenizer_of_the_adapter_comes_first(tiny: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two", tmp_path / "bare"]
+    for number, folder in enumerate(folders[:2]):
+        tokenizer = load_tokenizer(tiny)
+        tokenizer.chat_template = f"{{{{ messages[0]['content'] }}}} {number}"
+        tokenizer.save_pretrained(folder)
+    folders[2].mkdir()
+    assert tokenizer_for(tiny, []).chat_template == load_tokenizer(tiny).chat_template
+    assert tokenizer_for(tiny, [folders[2]]).chat_template == load_tokenizer(tiny).chat_template
+    assert tokenizer_for(tiny, [folders[2], folders[0]]).chat_template.endswith(" 0")
+    with pytest.warns(UserWarning, match="another chat template"):
+        assert tokenizer_for(tiny, folders).chat_template.endswith(" 0")

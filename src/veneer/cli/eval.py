@@ -61,7 +61,7 @@ def _scored(model: str | None, adapter: str | None, files: list[Path], settings:
     from veneer.data.sources import read_rows
     from veneer.evaluate.scoring import score
     from veneer.tasks import task as tasks
-    from veneer.tasks.loading import adapter_folder, load_model, load_tokenizer
+    from veneer.tasks.loading import adapter_folder, load_model, tokenizer_for
 
     kind = tasks.get(settings.task)
     folder = adapter_folder(adapter) if adapter is not None else None
@@ -72,8 +72,7 @@ def _scored(model: str | None, adapter: str | None, files: list[Path], settings:
         if model is None:
             raise UsageError(f"The adapter {str(folder)!r} does not say what its base is; give it as --model.")
     loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype)
-    own = folder is not None and (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(folder if own and folder is not None else model)
+    tokenizer = tokenizer_for(model, [folder] if folder is not None else [])
     if folder is not None:
         loaded = PeftModel.from_pretrained(loaded, folder)
     limit = tasks.longest_input(loaded.config)

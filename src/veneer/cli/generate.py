@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,13 +42,13 @@ def generate(
     """
     from veneer.evaluate.generation import BASE, answer, answers, encode
     from veneer.report.tables import side_by_side
-    from veneer.tasks.loading import adapter_folder, load_model, load_tokenizer
+    from veneer.tasks.loading import adapter_folder, load_model, tokenizer_for
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     folders = [adapter_folder(path) for path in adapter or []]
     names = adapter_names(adapter or [])
     text = sys.stdin.read() if prompt == "-" else prompt
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_for(model, folders)
     encoded = encode(tokenizer, text, system=system)
     loaded: Any = load_model(model, dtype=dtype)
     if folders:
@@ -81,10 +82,21 @@ def adapter_names(paths: list[str]) -> list[str]:
     if len(set(parts)) != len(parts):
         raise UsageError(f"The same adapter is given twice: {', '.join(paths)}.")
     for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-length:]).replace(".", "_") for part in parts]
-        if len(set(names)) == len(names) and "base" not in names:
+        names = [_usable(re.sub(r"[^\w-]", "_", "-".join(part[-length:]))) for part in parts]
+        if len(set(names)) == len(names):
             return names
     raise UsageError(f"These adapters cannot be told apart by their names: {', '.join(paths)}.")
+
+
+def _usable(name: str) -> str:
+    """The name, with a word before it where it could not name an adapter or would read as the base model."""
+    from veneer.adapters.inject import check_name
+
+    try:
+        check_name(name)
+    except UsageError:
+        return f"run-{name}"
+    return f"run-{name}" if name == "base" else name
 
 
 def with_adapters(model: Any, folders: list[Path], names: list[str]) -> PeftModel:

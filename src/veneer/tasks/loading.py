@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,28 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         )
     with _in_one_sentence(name_or_path, "has no tokenizer that this transformers can read"):
         return AutoTokenizer.from_pretrained(source, **_SAFE)
+
+
+def tokenizer_for(model: str | Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase:
+    """The tokenizer that adapters were trained with, and so its chat template, else the one beside the base model.
+
+    Several adapters are asked the same text; where their templates differ, the first one's is used and said so.
+
+    Raises:
+        UsageError: no tokenizer beside any of them.
+    """
+    own = [folder for folder in adapters if (folder / "tokenizer_config.json").is_file()]
+    if not own:
+        return load_tokenizer(model)
+    tokenizer = load_tokenizer(own[0])
+    for folder in own[1:]:
+        if load_tokenizer(folder).chat_template != tokenizer.chat_template:
+            warnings.warn(
+                f"{str(folder)!r} was trained with another chat template than {str(own[0])!r}, whose template is used "
+                "for all; ask it alone to see what it learned.",
+                stacklevel=2,
+            )
+    return tokenizer
 
 
 def adapter_folder(path: str | Path) -> Path:
