@@ -269,3 +269,19 @@ def test_unknown_adapter_to_save(tmp_path: Path, llama: nn.Module) -> None:
     with pytest.raises(UsageError, match=r"no adapter 'defualt'.*'default'"):
         get_peft_model(llama, CONFIG).save_pretrained(tmp_path / "x", selected_adapters=["defualt"])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("option", [{"device_map": "auto"}, {"torch_dtype": torch.float16}, {"dtype": torch.float16}])
+def test_options_that_do_nothing_in_peft_either_are_said_to(option, tmp_path):
+    model = get_peft_model(models.make("llama"), LoraConfig(r=2))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no effect on loading an adapter"):
+        loaded = PeftModel.from_pretrained(models.make("llama"), tmp_path, **option)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_an_unknown_option_of_loading_is_named(tmp_path):
+    model = get_peft_model(models.make("llama"), LoraConfig(r=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no option 'revison'. Did you mean 'revision'"):
+        PeftModel.from_pretrained(models.make("llama"), tmp_path, revison="main")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,17 @@ from veneer.adapters.inject import inject
 from veneer.adapters.loading import load_into
 from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trainer, with_base
 from veneer.core.config import PeftConfig
-from veneer.core.errors import UsageError, listed
+from veneer.core.errors import UsageError, nearest
 from veneer.core.hub import WHERE
 from veneer.core.records import MatchReport
+
+
+# Options that public scripts pass to PEFT, where they do nothing either.
+_WITHOUT_EFFECT = {
+    "device_map": "its tensors go where the layers they belong to are",
+    "torch_dtype": "it keeps the dtype of its file, or float32 with autocast_adapter_dtype",
+    "dtype": "it keeps the dtype of its file, or float32 with autocast_adapter_dtype",
+}
 
 
 def get_peft_model(
@@ -183,9 +192,11 @@ class PeftModel(nn.Module):
             UsageError: no such adapter, or the name is taken by another one.
             AdapterFileError: a broken file, or one that does not fit the model, which is left as it was.
         """
-        unknown = set(where) - set(WHERE)
-        if unknown:
-            raise UsageError(f"load_adapter has no option {listed(sorted(unknown))}.")
+        for option in [key for key in where if key in _WITHOUT_EFFECT]:
+            del where[option]
+            warnings.warn(f"{option} has no effect on loading an adapter: {_WITHOUT_EFFECT[option]}.", stacklevel=2)
+        for option in set(where) - set(WHERE):
+            raise UsageError(f"load_adapter has no option {option!r}.{nearest(option, WHERE)}")
         return load_into(
             self.base_model,
             adapter_name,
