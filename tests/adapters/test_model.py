@@ -283,5 +283,5 @@ def test_options_that_do_nothing_in_peft_either_are_said_to(option, tmp_path):
 def test_an_unknown_option_of_loading_is_named(tmp_path):
     model = get_peft_model(models.make("llama"), LoraConfig(r=2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="no option 'revison'. Did you mean 'revision'"):
+    with pytest.raises(UsageError, match=r"no option 'revison'\. Did you mean 'revision'"):
         PeftModel.from_pretrained(models.make("llama"), tmp_path, revison="main")

@@ -23,7 +23,6 @@ from veneer.core.errors import UsageError, nearest
 from veneer.core.hub import WHERE
 from veneer.core.records import MatchReport
 
-
 # Options that public scripts pass to PEFT, where they do nothing either.
 _WITHOUT_EFFECT = {
     "device_map": "its tensors go where the layers they belong to are",
