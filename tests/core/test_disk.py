@@ -66,3 +66,14 @@ def test_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DiskError):
         write_text(tmp_path / "file" / "inside.txt", "y")
+
+
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+
+    def private(path: Path) -> None:
+        path.write_bytes(b"x")
+        path.chmod(0o600)
+
+    write_whole(tmp_path, {"private": private})
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -39,6 +39,7 @@ _SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "batch_size": 8,
     "epochs": 1,
+    "eval_every": 10,
     "warmup": 0.1,
 }
 

@@ -27,7 +27,11 @@ def write_whole(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -
         for name, write in writers.items():
             beside = folder / f".{name}.{os.getpid()}.tmp"
             written[beside] = folder / name
+            beside.touch()
+            mode = beside.stat().st_mode
             write(beside)
+            # safetensors makes files that only their owner can read, whatever the umask says.
+            beside.chmod(mode)
             _flush(beside)
         for final in written.values():
             if final.is_dir():
