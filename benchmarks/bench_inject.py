@@ -15,7 +15,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from measure import RESULTS, Results, fresh, median_ratio
+from measure import RESULTS, Results, fresh, ratio_of_medians
 
 SHAPES = {
     "7B meta": ("meta", {}),
@@ -88,7 +88,7 @@ def main() -> None:
 
 def compare(results: Results, case: str, metric: str, ours: list[float], theirs: list[float]) -> None:
     """Keep the medians of two peers and the ratio of their neighbouring runs."""
-    results.add(case, metric, statistics.median(ours), statistics.median(theirs), median_ratio(ours, theirs), "s")
+    results.add(case, metric, statistics.median(ours), statistics.median(theirs), ratio_of_medians(ours, theirs), "s")
 
 
 if __name__ == "__main__":

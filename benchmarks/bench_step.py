@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, Results, Worker, gemm_limit, in_turn, median_ratio, peak_memory, reset_peak_memory
+from measure import RESULTS, Results, Worker, gemm_limit, in_turn, peak_memory, ratio_of_medians, reset_peak_memory
 
 CASES: dict[str, list[str] | str] = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 SMOLLM2 = {
@@ -91,7 +91,7 @@ def measure(case: str, options: argparse.Namespace, limit: float, results: Resul
     for name in ("drop-in", "trained"):
         label = f"{case} r=8 fp32 {options.batch}x{options.length} {name}{' tiny' if options.tiny else ''}"
         results.add(
-            label, "step time", medians[name], medians["peft"], median_ratio(seconds[name], seconds["peft"]), "s"
+            label, "step time", medians[name], medians["peft"], ratio_of_medians(seconds[name], seconds["peft"]), "s"
         )
         results.add(label, "peak memory", memory[name], memory["peft"], memory[name] / memory["peft"], "MB")
         results.add(label, "of GEMM limit", reached[name], reached["peft"], reached[name] / reached["peft"], "")

@@ -109,9 +109,9 @@ def fresh(code: str, names: Sequence[str], repeats: int, *, warm: bool = True) -
     return seconds
 
 
-def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the ratios of neighbours in time, which a slow drift of the machine does not move."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+def ratio_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The ratio of the two medians, of measurements that were taken in turn."""
+    return statistics.median(ours) / statistics.median(theirs)
 
 
 def reset_peak_memory() -> None:
@@ -151,8 +151,17 @@ def machine() -> str:
 
 def load_note() -> str:
     """Empty on a quiet machine; otherwise what to keep in mind about the numbers."""
-    load = os.getloadavg()[0]
-    return f"preliminary: load {load:.1f} before the start" if load > 0.4 else ""
+    before = _ticks()
+    time.sleep(1)
+    idle, total = (now - then for now, then in zip(_ticks(), before, strict=True))
+    busy = 1 - idle / max(total, 1)
+    return f"preliminary: other work took {busy:.0%} of the processor before the start" if busy > 0.1 else ""
+
+
+def _ticks() -> tuple[int, int]:
+    """(idle, all) processor ticks since the machine started (Linux)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 class Results:

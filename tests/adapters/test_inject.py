@@ -15,6 +15,7 @@ from tests import models
 from tests.adapters.snapshot import assert_same, snapshot
 from veneer import ConfigError, LoraConfig, TargetError, UsageError, get_peft_model
 from veneer.adapters import inject as inject_module
+from veneer.adapters import layer as layer_module
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.saved import ModulesToSaveWrapper
@@ -50,7 +51,8 @@ PLACES = [
     (kaiming.Init, "fill", 4),
     (ModulesToSaveWrapper, "__init__", 1),
     (inject_module, "_bias_place", 5),
-    (nn.ModuleDict, "__setitem__", 9),
+    (layer_module, "_holder", 8),
+    (nn.ModuleDict, "__setitem__", 1),
 ]
 STEPS = [(owner, name, step) for owner, name, steps in PLACES for step in range(1, steps + 1)]
 

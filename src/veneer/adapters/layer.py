@@ -22,24 +22,42 @@ class AdaptedLayer(nn.Module):
     of the module (``weight``, ``in_features``, ...) is reachable through the wrapper.
     """
 
+    base_layer: nn.Module
+    kind: str
+    base_class: type[AbstractBase]
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    lora_dropout: dict[str, float]
+    variants: dict[str, AbstractVariant]
+    specs: dict[str, dict[str, ParameterSpec]]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    disable_adapters: bool
+    live: tuple[str, ...]
+    unmerged: tuple[nn.Parameter, nn.Parameter | None] | None
+
     def __init__(self, base_layer: nn.Module, kind: str) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.kind = kind
-        # Looked up once: a compiler that traces the forward cannot follow the registry.
-        self.base_class: type[AbstractBase] = registry.load("bases", kind).Base
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.variants: dict[str, AbstractVariant] = {}
-        self.specs: dict[str, dict[str, ParameterSpec]] = {}
-        self.active_adapters: list[str] = []
-        self.merged_adapters: list[str] = []
-        self.disable_adapters = False
-        self.live: tuple[str, ...] = ()
-        self.unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self.training = base_layer.training
+        self._modules["base_layer"] = base_layer
+        # As in ``attach``, not by assignment: there are hundreds of these layers in a model.
+        self.__dict__.update(
+            kind=kind,
+            # Looked up once: a compiler that traces the forward cannot follow the registry.
+            base_class=registry.load("bases", kind).Base,
+            r={},
+            lora_alpha={},
+            scaling={},
+            lora_dropout={},
+            variants={},
+            specs={},
+            active_adapters=[],
+            merged_adapters=[],
+            disable_adapters=False,
+            live=(),
+            unmerged=None,
+            training=base_layer.training,
+        )
 
     @property
     def base(self) -> AbstractBase:
@@ -70,20 +88,20 @@ class AdaptedLayer(nn.Module):
         dropout: float,
     ) -> None:
         """Take in an adapter's tensors, keyed as on disk. It is not active yet."""
+        # Straight into torch's dictionaries: its assignment first looks for a clash in every place that an
+        # attribute may be, which would be most of the time that adapting a model takes.
         for key, tensor in tensors.items():
             parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
             container, _, leaf = key.partition(".")
+            held: Any = self._modules.get(container)
+            if held is None:
+                held = self._modules[container] = nn.ModuleDict() if leaf else nn.ParameterDict()
             if not leaf:
-                if container not in self._modules:
-                    self.add_module(container, nn.ParameterDict())
-                getattr(self, container)[name] = parameter
+                held[name] = parameter
                 continue
-            if container not in self._modules:
-                self.add_module(container, nn.ModuleDict())
-            holders = getattr(self, container)
-            if name not in holders:
-                holders[name] = _holder(specs[f"{container}.weight"].shape)
-            setattr(holders[name], leaf, parameter)
+            if name not in held._modules:
+                held._modules[name] = _holder(specs[f"{container}.weight"].shape)
+            held._modules[name]._parameters[leaf] = parameter
         self.variants[name], self.specs[name] = variant, specs
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         self.lora_dropout[name] = dropout
@@ -176,6 +194,5 @@ def _holder(shape: tuple[int, ...]) -> nn.Module:
     holder = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(holder)
     holder.out_features, holder.in_features = shape
-    holder.register_parameter("weight", None)
-    holder.register_parameter("bias", None)
+    holder._parameters.update(weight=None, bias=None)
     return holder
