@@ -300,7 +300,7 @@ def test_a_folder_where_a_file_should_be(name: str, folder: Path) -> None:
     refused(folder, UsageError, match=name)
 
 
-@pytest.mark.parametrize("name", ["../escaped", "a/b", "..", "/tmp/escaped", "a.b"])
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "..", "/absolute", "a.b"])
 def test_names_that_escape_the_folder(name: str, folder: Path) -> None:
     adapted = PeftModel.from_pretrained(small(), folder)
     before = snapshot(adapted)
