@@ -58,13 +58,13 @@ class ProgressBar:
 
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            # Narrow, so that the figures beside it fit a terminal of 80 columns.
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=console is None,
-            expand=True,
         )
         self.steps = steps
         # Into a file no bar is drawn until its end; a line now and then says how far the run is.
