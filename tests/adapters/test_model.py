@@ -285,3 +285,11 @@ def test_an_unknown_option_of_loading_is_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"no option 'revison'\. Did you mean 'revision'"):
         PeftModel.from_pretrained(models.make("llama"), tmp_path, revison="main")
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], None])
+def test_the_report_counts_what_the_adapted_model_uses(saved):
+    """A tied table behind a trained copy is still in use by the module that shares it."""
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=saved)
+    model = get_peft_model(models.make("llama-tied"), config)
+    assert (model.match_report.trainable, model.match_report.total) == model.get_nb_trainable_parameters()

@@ -330,6 +330,13 @@ class _Selector:
             saved=tuple((slot.path, sum(p.numel() for p in slot.module.parameters())) for slot in saved),
             biases=sum(self.index.parameter_sizes[name] for name in biases),
             base_parameters=sum(self.index.parameter_sizes.values()),
+            still_used=sum(
+                parameter.numel()
+                for slot in saved
+                if any(not _inside(other, [s.path for s in saved]) for other in self.index.tied.get(slot.path, ()))
+                for parameter in slot.module._parameters.values()
+                if parameter is not None
+            ),
         )
 
 

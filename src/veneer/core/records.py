@@ -54,6 +54,8 @@ class MatchReport:
     """How many bias parameters of the base are trained."""
     base_parameters: int
     """Parameters of the base model, each counted once."""
+    still_used: int = 0
+    """Parameters of modules saved whole whose originals stay in use, because another module shares them."""
 
     @property
     def trainable(self) -> int:
@@ -63,7 +65,7 @@ class MatchReport:
     @property
     def total(self) -> int:
         """Parameters of the adapted model in use."""
-        return self.base_parameters + sum(t.parameters for t in self.targets)
+        return self.base_parameters + self.still_used + sum(t.parameters for t in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, the two sums included."""
