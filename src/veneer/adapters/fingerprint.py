@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.index import lies_in
 
 _PARAMETERS = 64
 _VALUES = 8
@@ -25,7 +26,7 @@ def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
         adapted: the model; merged layers count with their original weight.
         leave_out: module paths that are not part of the base, such as a new head that the adapter brings.
     """
-    names = [name for name in sorted(adapted.index.parameter_sizes) if not _inside(name, leave_out)]
+    names = [name for name in sorted(adapted.index.parameter_sizes) if not lies_in(name, leave_out)]
     shapes, values, dtypes = hashlib.sha256(), [], set()
     sampled = [name for name in names if "bias" not in name]
     sampled = sampled[:: max(1, len(sampled) // _PARAMETERS)]
@@ -78,7 +79,3 @@ def _sample(parameter: Tensor) -> bytes:
     places = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
     picked = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
     return picked.view(torch.int16).numpy().tobytes()
-
-
-def _inside(name: str, owners: Collection[str]) -> bool:
-    return any(name == owner or name.startswith(f"{owner}.") for owner in owners)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -96,6 +96,11 @@ def view(kind: str, module: nn.Module) -> AbstractBase:
     """The base of a given kind over a module."""
     base: AbstractBase = registry.load("bases", kind).Base(module)
     return base
+
+
+def lies_in(path: str, owners: Iterable[str]) -> bool:
+    """Whether a path is that of one of these modules, or of something inside one."""
+    return any(path == owner or path.startswith(f"{owner}.") for owner in owners)
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from veneer.adapters import files, lifecycle
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.index import lies_in
 from veneer.adapters.inject import inject
 from veneer.adapters.loading import load_into
 from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trainer, with_base
@@ -356,12 +357,13 @@ class PeftModel(nn.Module):
 
         Originals that stand unused behind a trained copy (``modules_to_save``) are not counted.
         """
+        index = self.base_model.index
+        copied = [path for path, wrapper in self.base_model.saved.items() if wrapper.active is not None]
         unused = {
             id(parameter)
-            for path, wrapper in self.base_model.saved.items()
-            if wrapper.active is not None
-            for name, parameter in wrapper.original_module.named_parameters()
-            if f"{path}.{name}".rpartition(".")[0] not in self.base_model.index.tied
+            for path, slot in index.slots.items()
+            if lies_in(path, copied) and all(lies_in(other, copied) for other in index.tied.get(path, ()))
+            for parameter in slot.module._parameters.values()
         }
         counted = [parameter for parameter in self.parameters() if id(parameter) not in unused]
         return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)

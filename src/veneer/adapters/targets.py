@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from veneer.adapters.defaults import DEFAULT_TARGETS
-from veneer.adapters.index import ModuleIndex, Slot, view
+from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
 from veneer.core import registry
 from veneer.core.config import LowRankConfig, PeftConfig
 from veneer.core.errors import ConfigError, TargetError, listed, nearest
@@ -84,7 +84,7 @@ class _Selector:
         config = self.config
         saved = self.saved_modules()
         excluded = set(self.match("exclude_modules", config.exclude_modules)) if config.exclude_modules else set()
-        inside_saved = {path for path in self.index.slots if _inside(path, [slot.path for slot in saved])}
+        inside_saved = {path for path in self.index.slots if lies_in(path, [slot.path for slot in saved])}
         slots = self.target_slots(excluded, inside_saved)
         ranks = self.values("rank_pattern", config.rank_pattern, slots)
         alphas = self.values("alpha_pattern", config.alpha_pattern, slots)
@@ -303,7 +303,7 @@ class _Selector:
             found = [
                 name
                 for name in self.index.parameter_sizes
-                if name.split(".")[-1] == "bias" and not _inside(name, inside)
+                if name.split(".")[-1] == "bias" and not lies_in(name, inside)
             ]
         if not found and not self.from_file:
             raise ConfigError(
@@ -311,6 +311,20 @@ class _Selector:
                 "use bias='none'."
             )
         return tuple(found)
+
+    def untied(self, saved: list[str]) -> int:
+        """How many parameters the model in use has more of, since copies of tied modules are no longer tied."""
+        inside = [slot for slot in self.index.slots.values() if lies_in(slot.path, saved)]
+        copied, replaced = 0, {}
+        for slot in inside:
+            shared_outside = any(not lies_in(other, saved) for other in self.index.tied.get(slot.path, ()))
+            for parameter in slot.module._parameters.values():
+                if parameter is None:
+                    continue
+                copied += parameter.numel()
+                if not shared_outside:
+                    replaced[id(parameter)] = parameter.numel()
+        return copied - sum(replaced.values())
 
     def report(self, targets: list[Target], saved: list[Slot], biases: tuple[str, ...]) -> MatchReport:
         return MatchReport(
@@ -330,21 +344,11 @@ class _Selector:
             saved=tuple((slot.path, sum(p.numel() for p in slot.module.parameters())) for slot in saved),
             biases=sum(self.index.parameter_sizes[name] for name in biases),
             base_parameters=sum(self.index.parameter_sizes.values()),
-            still_used=sum(
-                parameter.numel()
-                for slot in saved
-                if any(not _inside(other, [s.path for s in saved]) for other in self.index.tied.get(slot.path, ()))
-                for parameter in slot.module._parameters.values()
-                if parameter is not None
-            ),
+            untied=self.untied([slot.path for slot in saved]),
         )
 
 
 _PEFT_HEADS = ("classifier", "score")
-
-
-def _inside(path: str, owners: Iterable[str]) -> bool:
-    return any(path == owner or path.startswith(f"{owner}.") for owner in owners)
 
 
 def _strictly_inside(path: str, owner: str) -> bool:

@@ -54,8 +54,8 @@ class MatchReport:
     """How many bias parameters of the base are trained."""
     base_parameters: int
     """Parameters of the base model, each counted once."""
-    still_used: int = 0
-    """Parameters of modules saved whole whose originals stay in use, because another module shares them."""
+    untied: int = 0
+    """Parameters that the model in use has more of, because modules saved whole no longer share theirs."""
 
     @property
     def trainable(self) -> int:
@@ -65,7 +65,7 @@ class MatchReport:
     @property
     def total(self) -> int:
         """Parameters of the adapted model in use."""
-        return self.base_parameters + self.still_used + sum(t.parameters for t in self.targets)
+        return self.base_parameters + self.untied + sum(t.parameters for t in self.targets)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, the two sums included."""
