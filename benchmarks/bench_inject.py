@@ -15,20 +15,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-from measure import RESULTS, Results, fresh, ratio_of_medians
+from measure import RESULTS, SMOLLM2, Results, fresh, ratio_of_medians
 
 SHAPES = {
     "7B meta": ("meta", {}),
     "SmolLM2-135M cpu": (
         "cpu",
-        {
-            "num_hidden_layers": 30,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-        },
+        SMOLLM2,
     ),
 }
 TINY = {

@@ -22,17 +22,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, Results, Worker, gemm_limit, in_turn, peak_memory, ratio_of_medians, reset_peak_memory
+from measure import (
+    RESULTS,
+    SMOLLM2,
+    Results,
+    Worker,
+    gemm_limit,
+    in_turn,
+    peak_memory,
+    ratio_of_medians,
+    reset_peak_memory,
+)
 
 CASES: dict[str, list[str] | str] = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
-SMOLLM2 = {
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-}
 PEERS = {"drop-in": "veneer", "trained": "veneer", "peft": "peft"}
 """From worker to the library that it uses."""
 TINY = {**SMOLLM2, "num_hidden_layers": 2, "hidden_size": 72, "intermediate_size": 96, "vocab_size": 128}

@@ -22,6 +22,15 @@ from pathlib import Path
 from typing import Any, Self
 
 RESULTS = Path(__file__).with_name("results.csv")
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+"""The shape of SmolLM2-135M, as fields of a LlamaConfig."""
 
 _QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 

@@ -264,16 +264,8 @@ def _other_model(config: PeftConfig) -> str:
 
 
 def _embedding_paths(adapted: AdaptedModel) -> list[str]:
-    found = []
-    for method in ("get_input_embeddings", "get_output_embeddings"):
-        ask = getattr(adapted.model, method, None)
-        try:
-            module = ask() if ask is not None else None
-        except (NotImplementedError, AttributeError):
-            continue
-        module = getattr(module, "base_layer", module)
-        found += [path for path, slot in adapted.index.slots.items() if slot.module is module]
-    return list(dict.fromkeys(found))
+    paths = dict.fromkeys((adapted.index.input_path, adapted.index.output_path))
+    return [path for path in paths if path is not None]
 
 
 def _embeddings_to_save(

@@ -69,17 +69,18 @@ class ModuleIndex:
             for path in paths
         }
         self.model_type: str | None = getattr(getattr(model, "config", None), "model_type", None)
-        self.output_path = self._output_path(model)
+        self.input_path = self._embedding_path(model, "get_input_embeddings")
+        self.output_path = self._embedding_path(model, "get_output_embeddings")
         self.head_paths = _head_paths(model)
 
-    def _output_path(self, model: nn.Module) -> str | None:
-        ask = getattr(model, "get_output_embeddings", None)
+    def _embedding_path(self, model: nn.Module, method: str) -> str | None:
+        ask = getattr(model, method, None)
         try:
-            output = ask() if ask is not None else None
+            found = ask() if ask is not None else None
         except (NotImplementedError, AttributeError):
             # transformers' own answer for models that have none.
             return None
-        return next((slot.path for slot in self.slots.values() if slot.module is output), None)
+        return next((slot.path for slot in self.slots.values() if slot.module is found), None)
 
     @cached_property
     def by_suffix(self) -> dict[str, tuple[str, ...]]:

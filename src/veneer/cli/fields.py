@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from veneer.cli.flags import show_flags
 from veneer.core.config import LoraConfig, field_docs
 from veneer.core.errors import ConfigError
 from veneer.train.config import adapter_fields
@@ -35,8 +36,6 @@ def adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     The command must have a keyword ``adapter_values``; it gets a dict with the fields whose flag was given,
     their values read as the field's type.
     """
-    signature = inspect.signature(command, eval_str=True)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "adapter_values"]
     defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
     added = [_parameter(defaults[name]) for name in adapter_fields()]
 
@@ -45,9 +44,7 @@ def adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         texts = {name: given.pop(name, None) for name in adapter_fields()}
         return command(**given, adapter_values=adapter_values(texts))
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*kept, *added)]
-    with_fields.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_fields.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    show_flags(with_fields, command, added, instead_of="adapter_values")
     return with_fields
 
 

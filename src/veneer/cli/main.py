@@ -18,6 +18,7 @@ import typer
 from veneer.cli.demo import demo
 from veneer.cli.env import env
 from veneer.cli.eval import evaluate
+from veneer.cli.flags import show_flags
 from veneer.cli.generate import generate
 from veneer.cli.inspect import inspect_model
 from veneer.cli.merge import merge
@@ -127,7 +128,6 @@ def _parse_message(error: Any) -> str:
 
 def _with_json(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json``, which the main program acts on, to a command."""
-    signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
     def verb(**given: Any) -> Any:
@@ -136,9 +136,7 @@ def _with_json(command: Callable[..., Any]) -> Callable[..., Any]:
 
     annotation = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
     added = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
-    verb.__signature__ = signature.replace(parameters=[*parameters, added])  # type: ignore[attr-defined]
-    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, added)}
+    show_flags(verb, command, [added])
     return verb
 
 

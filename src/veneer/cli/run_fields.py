@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from veneer.cli.flags import show_flags
 from veneer.train.config import LEARNING_RATES, RunConfig, adapter_fields
 
 PANEL = "Run"
@@ -35,8 +36,6 @@ def run_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         fields = run_fields(*names)
-        signature = inspect.signature(command, eval_str=True)
-        kept = [parameter for name, parameter in signature.parameters.items() if name != "run_values"]
         added = [_parameter(name, field) for name, field in fields.items()]
 
         @functools.wraps(command)
@@ -45,9 +44,7 @@ def run_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
             values = {name: _read(fields[name], text) for name, text in texts.items() if text is not None}
             return command(**given, run_values=values)
 
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*kept, *added)]
-        with_fields.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        with_fields.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        show_flags(with_fields, command, added, instead_of="run_values")
         return with_fields
 
     return decorate
