@@ -23,29 +23,29 @@ from torch import Tensor
 class Directions:
     """The singular value decomposition of an update, without its zero part. Float64, values descending."""
 
-    values_K: Tensor
-    """The singular values above rounding."""
-    left_OK: Tensor
-    """Orthonormal columns: the directions that the update writes to."""
-    right_IK: Tensor
-    """Orthonormal columns: the directions that the update reads from."""
+    values: Tensor
+    """(K,) singular values above rounding."""
+    left: Tensor
+    """(O, K) orthonormal columns: the directions that the update writes to."""
+    right: Tensor
+    """(I, K) orthonormal columns: the directions that the update reads from."""
 
     @property
     def rank(self) -> int:
         """How many directions there are."""
-        return self.values_K.numel()
+        return self.values.numel()
 
     @property
     def norm(self) -> float:
         """The Frobenius norm of the update."""
-        return float(self.values_K.norm())
+        return float(self.values.norm())
 
 
 def directions(A_RI: Tensor, B_OR: Tensor, scaling: float = 1.0) -> Directions:
     """The decomposition of ``scaling * B A``, in time linear in I and O.
 
     >>> A, B = torch.eye(2, 5), torch.ones(3, 2)
-    >>> directions(A, B).values_K
+    >>> directions(A, B).values
     tensor([2.4495], dtype=torch.float64)
     """
     Q_A, R_A = torch.linalg.qr(A_RI.double().T)
@@ -118,5 +118,5 @@ def cosine(first: Directions, second: Directions) -> float:
     """The cosine of the angle between two updates as vectors; 0 when either is zero."""
     if not first.rank or not second.rank:
         return 0.0
-    inner = (first.left_OK.T @ second.left_OK) * (first.right_IK.T @ second.right_IK)
-    return float(first.values_K @ inner @ second.values_K) / (first.norm * second.norm)
+    inner = (first.left.T @ second.left) * (first.right.T @ second.right)
+    return float(first.values @ inner @ second.values) / (first.norm * second.norm)
