@@ -77,7 +77,7 @@ class Spectrum:
         """
         k = min(r, len(self.values))
         S = self.values[:k]
-        U, Vt = self._vectors(k)
+        U, Vt = self.vectors(k)
         root = S.sqrt()
         A, B = (root[:, None] * Vt, U * root) if balanced else (Vt, U * S)
         if r > k:
@@ -85,7 +85,8 @@ class Spectrum:
             B = torch.cat([B, B.new_zeros(B.shape[0], r - k)], 1)
         return A, B
 
-    def _vectors(self, k: int) -> tuple[Tensor, Tensor]:
+    def vectors(self, k: int) -> tuple[Tensor, Tensor]:
+        """The first ``k`` singular vectors: (O, k) orthonormal columns and (k, I) orthonormal rows."""
         U = None if self.left is None else self.left[:, :k]
         Vt = None if self.right is None else self.right[:k]
         inverse = torch.where(self.values > 0, 1 / self.values, 0)[:k]

@@ -1,30 +1,27 @@
-"""What an update is made of: its singular values, its effective rank, and how two updates lie to each other.
+"""What an update is made of: its directions, its effective rank, and how two updates lie to each other.
 
-Shape legend: I inputs, O outputs, R rank, K singular values above zero.
+Shape legend: I inputs, O outputs, K directions of an update, L of another one.
 
-An update B A is never built as an (O, I) matrix. With the QR factorisations Aᵀ = Q_A R_A and B = Q_B R_B,
-
-    B A = Q_B (R_B R_Aᵀ) Q_Aᵀ
-
-so the singular values of the (R, R) matrix in the middle are those of the update. All of it is done in float64:
-the stored factors are exact there, so what is reported is the file's content and not the rounding of the report.
+An update is described by its singular value decomposition, which ``lowrank`` takes from the factors alone. All of it
+is float64: stored factors are exact there, so what is reported is the file's content and no rounding of the report.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from veneer.adapters.lowrank import Spectrum
+
 
 @dataclass(frozen=True)
 class Directions:
-    """The singular value decomposition of an update, without its zero part. Float64, values descending."""
+    """The singular value decomposition of an update, without its zero part."""
 
     values: Tensor
-    """(K,) singular values above rounding."""
+    """(K,) singular values, descending."""
     left: Tensor
     """(O, K) orthonormal columns: the directions that the update writes to."""
     right: Tensor
@@ -35,36 +32,17 @@ class Directions:
         """How many directions there are."""
         return self.values.numel()
 
-    @property
-    def norm(self) -> float:
-        """The Frobenius norm of the update."""
-        return float(self.values.norm())
 
+def directions(spectrum: Spectrum, most: int) -> Directions:
+    """The leading directions of an update: at most so many, and none that rounding alone could have made.
 
-def directions(A_RI: Tensor, B_OR: Tensor, scaling: float = 1.0) -> Directions:
-    """The decomposition of ``scaling * B A``, in time linear in I and O.
-
-    >>> A, B = torch.eye(2, 5), torch.ones(3, 2)
-    >>> directions(A, B).values
-    tensor([2.4495], dtype=torch.float64)
+    The bound is numpy's for the rank of a matrix: the largest singular value times the longer side times epsilon.
     """
-    Q_A, R_A = torch.linalg.qr(A_RI.double().T)
-    Q_B, R_B = torch.linalg.qr(B_OR.double())
-    U, values, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return _above_rounding(Q_B @ U, values * abs(scaling), Q_A @ Vh.T * math.copysign(1.0, scaling))
-
-
-def dense_directions(update_OI: Tensor) -> Directions:
-    """The decomposition of an update that is no product of thin factors, such as DoRA's. Cubic in min(O, I)."""
-    U, values, Vh = torch.linalg.svd(update_OI.double(), full_matrices=False)
-    return _above_rounding(U, values, Vh.T)
-
-
-def _above_rounding(left: Tensor, values: Tensor, right: Tensor) -> Directions:
-    """Numpy's rule for the rank of a matrix: what rounding alone could have made is not a direction."""
-    bound = values.amax() * max(left.shape[0], right.shape[0]) * torch.finfo(values.dtype).eps
+    left, right = spectrum.vectors(most)
+    values = spectrum.values[:most]
+    bound = spectrum.values.max() * max(left.shape[0], right.shape[1]) * torch.finfo(values.dtype).eps
     kept = int((values > bound).sum())
-    return Directions(values[:kept], left[:, :kept], right[:, :kept])
+    return Directions(values[:kept], left[:, :kept], right[:kept].T)
 
 
 def effective_rank(values_K: Tensor) -> float:
@@ -77,16 +55,6 @@ def effective_rank(values_K: Tensor) -> float:
         return 0.0
     share = values_K / values_K.sum()
     return float(torch.exp(-torch.xlogy(share, share).sum()))
-
-
-def energy_rank(values_K: Tensor, share: float) -> int:
-    """The smallest number of directions whose squared singular values are at least this share of all of them."""
-    if not values_K.numel():
-        return 0
-    kept = values_K.square().cumsum(0)
-    # Sums of the same numbers in another order may differ in the last place: 100 % is then never reached.
-    enough = kept >= share * kept[-1] * (1 - 1e-12)
-    return int(enough.int().argmax()) + 1
 
 
 def principal_angles(first_NK: Tensor, second_NL: Tensor) -> Tensor:
@@ -119,4 +87,4 @@ def cosine(first: Directions, second: Directions) -> float:
     if not first.rank or not second.rank:
         return 0.0
     inner = (first.left.T @ second.left) * (first.right.T @ second.right)
-    return float(first.values @ inner @ second.values) / (first.norm * second.norm)
+    return float(first.values @ inner @ second.values / (first.values.norm() * second.values.norm()))
