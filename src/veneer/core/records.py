@@ -123,6 +123,24 @@ class LayerNorms:
 
 
 @dataclass(frozen=True)
+class ApproximatedLayer:
+    """One layer of an adapter that was written at another rank or in another form."""
+
+    path: str
+    """The layer's path in the base model."""
+    r_before: int | None
+    """The rank that it had; None when it had no factors."""
+    r: int
+    """The rank that it has now."""
+    norm: float | None = None
+    """The Frobenius norm of the update that was to be kept; None where nothing had to be approximated."""
+    kept: float = 1.0
+    """The share of the update's energy that is kept."""
+    error: float = 0.0
+    """The relative Frobenius error of the update."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a training run did: ``result.json`` in its folder."""
 
