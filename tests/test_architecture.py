@@ -111,13 +111,14 @@ VARIANT = '''
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from veneer.core.base import AbstractBase, merge_dtype
+from veneer.core.base import AbstractBase
+from veneer.core.init import Start
 from veneer.core.config import LowRankConfig, PeftConfig, strict
-from veneer.core.variant import AbstractVariant, ParameterSpec
+from veneer.core.variant import AbstractVariant, ParameterSpec, low_rank_forward
 
 
 @final
@@ -126,31 +127,35 @@ from veneer.core.variant import AbstractVariant, ParameterSpec
 class HalvedConfig(LowRankConfig):
     """Its own config."""
 
-    variant: ClassVar[str] = "halved"
     peft_type: str | None = "HALVED"
 
 
 @final
 class Variant(AbstractVariant):
     config_class: ClassVar[type[PeftConfig]] = HalvedConfig
+    options: ClassVar[Mapping[str, Any]] = {}
 
     def parameters(self, base, r, config):
         shapes = base.factor_shapes(r)
         return {name: ParameterSpec(shape) for name, shape in zip(base.factor_names, shapes, strict=True)}
 
+    def shared(self, shapes, config):
+        return {}
+
     def scaling(self, r, lora_alpha, config):
         return lora_alpha / r / 2
 
+    def start(self, base, p, init, *, scaling, config, evidence):
+        A, B = (p[name] for name in base.factor_names)
+        return init.fill(Start(base, A, B, None, scaling, config, evidence))
+
     def forward(self, base, p, x, y, *, scaling, dropout):
         A, B = (p[name] for name in base.factor_names)
-        if y is None:
-            return base.adapted(x, A, B, scaling, bias=None, dropout=dropout)
-        return y + base.low_rank(x, A, B, scaling, bias=None, dropout=dropout).to(y.dtype)
+        return low_rank_forward(base, A, B, x, y, scaling=scaling, dropout=dropout)
 
-    def merged(self, base, p, W_OI, *, scaling):
+    def update(self, base, p, W_OI, *, scaling):
         A, B = (p[name] for name in base.factor_names)
-        wide = merge_dtype(W_OI, A, B)
-        return (base.delta(A, B) * scaling + W_OI.to(wide)).to(W_OI.dtype)
+        return base.delta(A, B) * scaling
 
     def merged_bias(self, base, p, bias, *, scaling):
         return bias

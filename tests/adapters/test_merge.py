@@ -173,7 +173,7 @@ def test_merging_keeps_one_weight_more_and_merging_for_good_none() -> None:
     layer = adapted.get_base_model().model.layers[0].self_attn.q_proj
     original = layer.base_layer.weight
     adapted.merge_adapter()
-    assert layer.unmerged[0] is original
+    assert layer.unmerged["weight"] is original
     assert layer.base_layer.weight is not original
     adapted.merge_and_unload()
     assert layer.unmerged is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from veneer.core import registry
 from veneer.core.base import AbstractBase
 from veneer.core.errors import ConfigError, MergeError
 from veneer.core.init import AbstractInit
-from veneer.core.variant import AbstractVariant
+from veneer.core.variant import AbstractVariant, variant_of
 
 VARIANTS, INITS = registry.names("variants"), registry.names("inits")
 HALVES = (torch.float16, torch.bfloat16)
@@ -45,9 +46,19 @@ class Holder(nn.Module):
 
 
 def config(variant: str, init: str = "kaiming", **more: Any) -> Any:
-    config_class = registry.load("variants", variant).Variant.config_class
-    given = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": init, **more}
-    return config_class(**given)
+    """The variant's config, with those of the usual fields that it has; a start that it refuses is skipped."""
+    found = registry.load("variants", variant).Variant
+    known = {f.name for f in fields(found.config_class)}
+    usual = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": init}
+    if "init_lora_weights" not in known and init != "kaiming":
+        pytest.skip(f"{found.config_class.__name__} starts in its own way.")
+    if "lora_dropout" in more and "lora_dropout" not in known:
+        more[next(name for name in known if name.endswith("_dropout"))] = more.pop("lora_dropout")
+    given = {name: value for name, value in usual.items() if name in known} | dict(found.options) | more
+    try:
+        return found.config_class(**given)
+    except ConfigError as refusal:
+        pytest.skip(str(refusal))
 
 
 def base_model(base: str, case: str, dtype: torch.dtype) -> tuple[Holder, Tensor, BaseCase]:
@@ -91,9 +102,8 @@ def options(variant: str, layer: nn.Module) -> Iterator[dict[str, Any]]:
 def truth(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
     """The plain formula: the input times the merged weight."""
     layer = model.base_model.model.layer
-    base, variant, p, s = layer.base, layer.variants["default"], layer.tensors("default"), layer.scaling["default"]
-    W_OI = variant.merged(base, p, base.weight(), scaling=s)
-    bias = variant.merged_bias(base, p, getattr(layer.base_layer, "bias", None), scaling=s)
+    W_OI = layer.base.weight() + layer.change("default")
+    bias = merged_bias(layer)
     y = found.dense(x).to(W_OI.dtype) @ W_OI.t()
     return y if bias is None else y + bias
 
@@ -105,14 +115,15 @@ def truth(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
 def test_each_file_defines_its_one_final_class(room: str, attribute: str, parent: type) -> None:
     for name in registry.names(room):
         found = getattr(registry.load(room, name), attribute)
-        assert found.__mro__[1] is parent
+        assert parent in found.__mro__
+        assert inspect.isabstract(found.__mro__[1])
         assert found.__final__
         assert not found.__abstractmethods__
 
 
 def test_each_variant_is_selected_by_its_own_config() -> None:
     for name in VARIANTS:
-        assert registry.load("variants", name).Variant.config_class.variant == name
+        assert type(variant_of(config(name))) is registry.load("variants", name).Variant
         again = veneer.PeftConfig.from_dict(config(name).to_dict())
         assert again == config(name, peft_version=again.peft_version)
 
@@ -125,10 +136,15 @@ def test_start(variant: str, base: str, case: str, init: str, dtype: torch.dtype
     model, x, _ = base_model(base, case, dtype)
     before = model(x)
     adapted = adapt(model, config(variant, init, lora_dropout=0.3))
+    identity = registry.load("inits", init).Init.identity
     for training in (False, True):
         after = adapted.train(training)(x)
-        assert torch.equal(after, before) == registry.load("inits", init).Init.identity
+        assert torch.equal(after, before) == (identity == "exact")
         assert after.dtype == before.dtype
+        if identity == "rounded" and not training:
+            # Dropout drops a part of what the start took out of W.
+            bound = 16 * torch.finfo(dtype).eps * before.abs().max()
+            assert ((after - before).abs() <= bound).all()
 
 
 @combinations
@@ -141,7 +157,46 @@ def test_start_is_drawn_from_torchs_seed(variant: str, base: str, case: str, ini
         layer = adapt(model, config(variant, init)).base_model.model.layer
         drawn.append(torch.cat([p.detach().flatten() for p in layer.tensors("default").values()]))
     assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+    if registry.load("inits", init).Init.random:
+        assert not torch.equal(drawn[0], drawn[2])
+
+
+def sensitivity(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
+    """How far the output moves, to first order, when everything it is computed from moves by its own size.
+
+    The sum over all inputs p (the adapter's tensors, the weight, the bias, x) of ``|dy/dp| |p|``, in float64 and from
+    the plain formula: so cancellation cannot hide behind a small output.
+    """
+    exact = copy.deepcopy(model).double()
+    dense = found.dense(x).double()
+    layer = exact.base_model.model.layer
+    inputs = {**{f"base_layer.{n}": p for n, p in layer.base_layer.named_parameters()}, **layer.tensors("default")}
+    names = list(inputs)
+
+    def output(dense: Tensor, *values: Tensor) -> Tensor:
+        for name, value in zip(names, values, strict=True):
+            inputs[name].data = value.detach()
+        W_OI = layer.base.weight() + layer.change("default")
+        y = dense @ W_OI.t()
+        bias = merged_bias(layer)
+        return y if bias is None else y + bias
+
+    values = [dense, *(p.detach().clone() for p in inputs.values())]
+    total = torch.zeros_like(output(*values))
+    for number, value in enumerate(values):
+        for element in range(value.numel()):
+            step = torch.zeros_like(value).flatten()
+            step[element] = 1e-4 * value.flatten()[element]
+            there, back = list(values), list(values)
+            there[number], back[number] = value + step.view_as(value), value - step.view_as(value)
+            total += (output(*there) - output(*back)).abs() / 2e-4
+    return total.detach()
+
+
+def merged_bias(layer: nn.Module) -> Tensor | None:
+    name, variant = layer.base.bias_name(), layer.variants["default"]
+    bias = None if name is None else getattr(layer.base_layer, name)
+    return variant.merged_bias(layer.base, layer.given("default"), bias, scaling=layer.scaling["default"])
 
 
 @combinations
@@ -151,20 +206,15 @@ def test_merged_is_unmerged_within_rounding(variant: str, base: str, case: str, 
 
     On its way from the parameters to the output no term is rounded to the dtype more than six times: A, B, A x and
     the two sums when unmerged or W' and the sum when merged. Each sum of n terms adds n roundings of the
-    accumulator. S sums the absolute values of all terms, so that cancellation cannot hide behind a small output.
+    accumulator.
     """
     for option in options(variant, base_model(base, case, dtype)[0].layer):
         model, x, found = base_model(base, case, dtype)
         adapted = adapt(model, config(variant, **option)).eval()
         move(adapted)
         layer = adapted.base_model.model.layer
-        p = layer.tensors("default")
-        A, B = (p[name].detach().double().abs() for name in layer.base.factor_names)
-        W = layer.base.weight().detach().double().abs() + layer.base.delta(A, B) * layer.scaling["default"]
-        S = found.dense(x).double().abs() @ W.t()
-        for bias in (getattr(layer.base_layer, "bias", None), p.get("lora_B.bias")):
-            S = S if bias is None else S + bias.detach().double().abs() * max(1.0, layer.scaling["default"])
-        terms = W.shape[1] + R + 2
+        S = sensitivity(adapted, x, found)
+        terms = layer.base.shape()[1] + R + 2
         accumulator = torch.finfo(torch.float32).eps / 2
         bound = (6 * torch.finfo(dtype).eps / 2 + 2 * terms * accumulator) * S + terms * torch.finfo(dtype).tiny
 
@@ -224,7 +274,8 @@ def test_gradients_are_those_of_the_plain_formula(variant: str, base: str, case:
         adapted = adapt(model, config(variant, **option))
         move(adapted)
         wanted = [p for p in adapted.parameters() if p.requires_grad]
-        assert len(wanted) == 2 + bool(option)
+        specs = model.layer.specs["default"].values()
+        assert len(wanted) == sum(spec.trainable for spec in specs) + (option == {"bias": "lora_only"})
         if x.is_floating_point():
             x.requires_grad_()
             wanted.append(x)
@@ -274,7 +325,9 @@ def test_backward_in_every_dtype(variant: str, base: str, case: str, dtype: torc
     (y.double().square().sum()).backward()
     reference = truth(exact, x.double() if x.is_floating_point() else x, found)
     reference.square().sum().backward()
-    for name, parameter in model.layer.tensors("default").items():
+    learning = {name: p for name, p in model.layer.tensors("default").items() if p.requires_grad}
+    assert learning
+    for name, parameter in learning.items():
         assert parameter.grad.dtype == parameter.dtype
         expected = exact.base_model.model.layer.tensors("default")[name].grad
         # Every rounding is relative to the largest values that are summed; there are fewer than 32 of them.

@@ -14,7 +14,9 @@ from veneer import AdapterFileError, ConfigError, DiskError, LoraConfig, PeftCon
 from veneer.core import registry
 from veneer.core.config import LowRankConfig, field_docs
 
-OURS = {f.name for f in dataclasses.fields(LoraConfig)}
+# How an adapter is trained, not what it is: never in a file, and not PEFT's.
+OWN = {"use_lorafa"}
+OURS = {f.name for f in dataclasses.fields(LoraConfig)} - OWN
 THEIRS = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
 
 
@@ -97,6 +99,7 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("fan_in_fan_out", True, True),
     ("use_rslora", True, True),
     ("lora_bias", True, True),
+    ("use_lorafa", True, True),
     ("inference_mode", True, True),
     *[("bias", value, value) for value in ("none", "all", "lora_only")],
     ("init_lora_weights", True, True),
@@ -145,7 +148,7 @@ def test_accepted_values(name: str, value: Any, kept: Any) -> None:
 
 
 def test_every_field_has_an_accepted_value_here() -> None:
-    assert {name for name, _, _ in GOOD} == OURS
+    assert {name for name, _, _ in GOOD} == OURS | OWN
 
 
 @pytest.mark.parametrize("pattern", ["layers", ["layers", "blocks"], r"h\w*"])
@@ -308,7 +311,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_every_field_is_documented() -> None:
     docs = field_docs(LoraConfig)
-    assert docs.keys() == OURS
+    assert docs.keys() == OURS | OWN
     assert all(text.endswith(".") for text in docs.values())
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from veneer.adapters.biases import BiasBank
 from veneer.adapters.index import ModuleIndex
-from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.layer import AdaptedLayer, SharedTensors
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed, nearest
@@ -27,6 +27,7 @@ class AdaptedModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.shared = SharedTensors(self)
         self.index = ModuleIndex(model)
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, ModulesToSaveWrapper] = {}
@@ -85,8 +86,8 @@ class AdaptedModel(nn.Module):
         """A parameter of the base by its name in the untouched model; a merged layer's is the one before."""
         path, _, leaf = parameter.rpartition(".")
         layer = self.layers.get(path)
-        if layer is not None and layer.unmerged is not None and leaf in ("weight", "bias"):
-            kept = layer.unmerged[("weight", "bias").index(leaf)]
+        if layer is not None and layer.unmerged is not None and leaf in layer.unmerged:
+            kept = layer.unmerged[leaf]
             assert kept is not None
             return kept
         module = self.index.slots[path].module if path else self.model

@@ -71,6 +71,8 @@ def adapter_state(
     mine = adapted.layers_of(name)
     for path, layer in mine.items():
         for key, tensor in layer.tensors(name).items():
+            if not layer.specs[name][key].saved:
+                continue
             container, _, leaf = key.partition(".")
             memory = f"{path}.{container}.{name}" + (f".{leaf}" if leaf else "")
             own[f"{path}.{key}"] = (memory, tensor)
@@ -205,7 +207,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         return None
 
     factors = {
-        target.slot.path: {key: take(f"{target.slot.path}.{key}", spec.shape) for key, spec in target.specs.items()}
+        target.slot.path: {key: take(f"{target.slot.path}.{key}", spec.shape) for key, spec in target.on_disk().items()}
         for target in selection.targets
     }
     targeted = {target.slot.path for target in selection.targets}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.core import registry
 from veneer.core.base import AbstractBase
+
+EVIDENCE = "_start_evidence"
+"""The attribute of a module that holds what was gathered about it, by the leaf of the statistic."""
 
 _HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
 
@@ -26,6 +29,13 @@ class Slot:
     """Every (parent, attribute) that holds it: a shared module hangs at several."""
     kind: str | None
     """The base that can adapt it, or None."""
+    leaf: str = "weight"
+    """The name of the weight among the module's parameters."""
+
+    def evidence(self) -> Mapping[str, Tensor] | None:
+        """What was gathered about this module on data, see ``AbstractInit.evidence``."""
+        found: Mapping[str, Tensor] | None = self.module.__dict__.get(EVIDENCE)
+        return found
 
 
 class ModuleIndex:
@@ -93,9 +103,10 @@ class ModuleIndex:
         return {suffix: tuple(paths) for suffix, paths in suffixes.items()}
 
 
-def view(kind: str, module: nn.Module) -> AbstractBase:
-    """The base of a given kind over a module."""
-    base: AbstractBase = registry.load("bases", kind).Base(module)
+def view(slot: Slot) -> AbstractBase:
+    """The base over a module that can be adapted."""
+    assert slot.kind is not None
+    base: AbstractBase = registry.load("bases", slot.kind).Base(slot.module, slot.leaf)
     return base
 
 

@@ -13,12 +13,14 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import view
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import remove
+from veneer.adapters.rebase import STANDING, initial_tensors
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.targets import Selection, Target, select
 from veneer.core import registry
-from veneer.core.config import LowRankConfig, PeftConfig
-from veneer.core.errors import UsageError
+from veneer.core.config import PeftConfig, TunerConfig
+from veneer.core.errors import UsageError, listed
 from veneer.core.init import AbstractInit
+from veneer.core.variant import ParameterSpec
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -30,6 +32,7 @@ def inject(
     *,
     selection: Selection | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    shared: Mapping[str, Tensor] | None = None,
     autocast_adapter_dtype: bool = True,
     device: torch.device | str | None = None,
 ) -> Selection:
@@ -41,6 +44,7 @@ def inject(
         config: what to adapt and how.
         selection: ``select``'s result when it is already known.
         tensors: from layer path to tensors keyed as on disk; without it the config's start fills them.
+        shared: tensors that all its layers share, keyed as on disk; without it the variant makes them.
         autocast_adapter_dtype: keep the adapter in float32 on a float16 or bfloat16 base.
         device: where new tensors go instead of beside the base's weight, e.g. "meta".
 
@@ -48,32 +52,35 @@ def inject(
         What was selected.
 
     Raises:
-        UsageError: the name is taken or cannot be a name, or an adapter that is there saves whole what this one
-            changes, or the other way round.
+        UsageError: the name is taken or no name, or this adapter changes what another one saves whole.
         TargetError, ConfigError: see ``select``.
     """
     check_name(name)
     if name in adapted.peft_config:
         raise UsageError(f"There is already an adapter {name!r}; delete it first, or choose another name.")
-    assert isinstance(config, LowRankConfig)
+    assert isinstance(config, TunerConfig)
+    _check_family(adapted, config)
     selection = selection or select(adapted.index, config)
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
-    init: AbstractInit = registry.load("inits", selection.config.init).Init()
     fresh = {
         target.slot.path: (
-            _cast(tensors[target.slot.path], target, autocast_adapter_dtype)
-            if tensors is not None
-            else _start(target, init, autocast_adapter_dtype, device)
+            _start(target, selection, autocast_adapter_dtype, device)
+            if tensors is None
+            else _loaded(target, selection, autocast_adapter_dtype, tensors[target.slot.path])
         )
         for target in selection.targets
     }
     layers = {
-        target.slot.path: adapted.layers.get(target.slot.path) or AdaptedLayer(target.slot.module, target.kind)
+        target.slot.path: adapted.layers.get(target.slot.path)
+        or AdaptedLayer(target.slot.module, target.kind, target.slot.leaf)
         for target in selection.targets
     }
     copies = {slot.path: _copy(slot.module) for slot in selection.saved}
+    if shared is None:
+        shapes = [view(target.slot).shape() for target in selection.targets]
+        shared = selection.variant.shared(shapes, selection.config)
     try:
-        _commit(adapted, name, selection, fresh, layers, copies)
+        _commit(adapted, name, selection, fresh, layers, copies, shared)
     except BaseException:
         remove(adapted, name)
         raise
@@ -92,27 +99,52 @@ def check_name(name: str) -> None:
         raise UsageError(f"{name!r} cannot name an adapter: torch's containers use that word; choose another.")
 
 
-def _start(target: Target, init: AbstractInit, widen: bool, device: torch.device | str | None) -> dict[str, Tensor]:
-    base = view(target.kind, target.slot.module)
-    W = base.weight()
-    dtype = torch.float32 if widen and W.dtype in _HALF else W.dtype
-    where = W.device if device is None else torch.device(device)
+def _check_family(adapted: AdaptedModel, config: PeftConfig) -> None:
+    """One model holds one family of variants: another one keeps tensors of another kind under the same names."""
+    there = {other.peft_type for other in adapted.peft_config.values()} - {config.peft_type}
+    if there:
+        raise UsageError(
+            f"This model has adapters of type {listed(map(str, there))}; one of type {config.peft_type} cannot stand "
+            "beside them. Merge them first, or load the adapter onto a model of its own."
+        )
+
+
+def _start(target: Target, selection: Selection, widen: bool, device: torch.device | str | None) -> dict[str, Tensor]:
+    init: AbstractInit = registry.load("inits", selection.config.init).Init()
+    base = view(target.slot)
+    here, own = base.placement()
+    dtype = torch.float32 if widen and own in _HALF else own
+    where = here if device is None else torch.device(device)
     fresh = {key: torch.empty(spec.shape, dtype=dtype, device=where) for key, spec in target.specs.items()}
-    A, B = (fresh[key] for key in base.factor_names)
     if where.type == "meta":
         return fresh
     with torch.no_grad():
-        init.fill(base, A, B, fresh.get("lora_B.bias"))
+        moved = selection.variant.start(
+            base, fresh, init, scaling=target.scaling, config=selection.config, evidence=target.slot.evidence()
+        )
+        if moved is not None:
+            target.specs[STANDING] = ParameterSpec(tuple(moved.shape), trainable=False, saved=False)
+            fresh[STANDING] = moved
+        if init.subtracts:
+            fresh |= initial_tensors(base, fresh, target.scaling)
     return fresh
+
+
+def _loaded(target: Target, selection: Selection, widen: bool, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file; what it does not hold is made as it was made when the adapter started."""
+    cast = _cast(given, target, widen)
+    if target.specs.keys() == given.keys() and not registry.load("inits", selection.config.init).Init.moves:
+        return cast
+    return _start(target, selection, widen, None) | cast
 
 
 def _cast(given: Mapping[str, Tensor], target: Target, widen: bool) -> dict[str, Tensor]:
     """Loaded tensors keep their dtype, except that halves follow PEFT's rule; they move to the base's device."""
-    W = view(target.kind, target.slot.module).weight()
+    device, _ = view(target.slot).placement()
     # A copy: a tensor that lies in the mapped file is not aligned, and products of it may round otherwise.
     return {
         key: tensor.to(
-            device=W.device, dtype=torch.float32 if widen and tensor.dtype in _HALF else tensor.dtype, copy=True
+            device=device, dtype=torch.float32 if widen and tensor.dtype in _HALF else tensor.dtype, copy=True
         )
         for key, tensor in given.items()
     }
@@ -130,11 +162,13 @@ def _commit(
     fresh: dict[str, dict[str, Tensor]],
     layers: dict[str, AdaptedLayer],
     copies: dict[str, nn.Module],
+    shared: Mapping[str, Tensor],
 ) -> None:
     config = selection.config
     first = not adapted.peft_config
     adapted.peft_config[name] = config
     adapted.reports[name] = selection.report
+    adapted.shared.put(name, shared)
     for target in selection.targets:
         path = target.slot.path
         layers[path].attach(
@@ -142,10 +176,11 @@ def _commit(
             selection.variant,
             target.specs,
             fresh[path],
+            shared=adapted.shared if shared else None,
             r=target.r,
             lora_alpha=target.lora_alpha,
             scaling=target.scaling,
-            dropout=config.lora_dropout,
+            dropout=config.dropout,
         )
         if path not in adapted.layers:
             adapted.layers[path] = layers[path]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.rebase import shell, standing, standing_weight
 from veneer.core import registry
-from veneer.core.base import AbstractBase
+from veneer.core.base import AbstractBase, InputBase, WeightBase, merge_dtype
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
 
@@ -24,6 +25,7 @@ class AdaptedLayer(nn.Module):
 
     base_layer: nn.Module
     kind: str
+    leaf: str
     base_class: type[AbstractBase]
     r: dict[str, int]
     lora_alpha: dict[str, float]
@@ -31,18 +33,20 @@ class AdaptedLayer(nn.Module):
     lora_dropout: dict[str, float]
     variants: dict[str, AbstractVariant]
     specs: dict[str, dict[str, ParameterSpec]]
+    shared: dict[str, SharedTensors]
     active_adapters: list[str]
     merged_adapters: list[str]
     disable_adapters: bool
     live: tuple[str, ...]
-    unmerged: tuple[nn.Parameter, nn.Parameter | None] | None
+    unmerged: dict[str, nn.Parameter | None] | None
 
-    def __init__(self, base_layer: nn.Module, kind: str) -> None:
+    def __init__(self, base_layer: nn.Module, kind: str, leaf: str = "weight") -> None:
         super().__init__()
         self._modules["base_layer"] = base_layer
         # As in ``attach``, not by assignment: there are hundreds of these layers in a model.
         self.__dict__.update(
             kind=kind,
+            leaf=leaf,
             # Looked up once: a compiler that traces the forward cannot follow the registry.
             base_class=registry.load("bases", kind).Base,
             r={},
@@ -51,6 +55,7 @@ class AdaptedLayer(nn.Module):
             lora_dropout={},
             variants={},
             specs={},
+            shared={},
             active_adapters=[],
             merged_adapters=[],
             disable_adapters=False,
@@ -64,7 +69,16 @@ class AdaptedLayer(nn.Module):
         """The view on where W lives."""
         module = self._modules["base_layer"]
         assert module is not None
-        return self.base_class(module)
+        return self.base_class(module, self.leaf)
+
+    @property
+    def original(self) -> AbstractBase:
+        """The view on the weight as it is without any merged adapter."""
+        if self.unmerged is None:
+            return self.base
+        twin = shell(self.base_layer)
+        twin._parameters.update(self.unmerged)
+        return self.base_class(twin, self.leaf)
 
     @property
     def merged(self) -> bool:
@@ -82,6 +96,7 @@ class AdaptedLayer(nn.Module):
         specs: dict[str, ParameterSpec],
         tensors: Mapping[str, Tensor],
         *,
+        shared: SharedTensors | None = None,
         r: int,
         lora_alpha: float,
         scaling: float,
@@ -103,12 +118,14 @@ class AdaptedLayer(nn.Module):
                 held._modules[name] = _holder(specs[f"{container}.weight"].shape)
             held._modules[name]._parameters[leaf] = parameter
         self.variants[name], self.specs[name] = variant, specs
+        if shared is not None:
+            self.shared[name] = shared
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         self.lora_dropout[name] = dropout
 
     def materialise(self, name: str) -> None:
         """Give an adapter that was made on the meta device memory beside the base's weight, not yet filled."""
-        device = self.base.weight().device
+        device, _ = self.base.placement()
         for key, parameter in self.tensors(name).items():
             if parameter.is_meta:
                 container, _, leaf = key.partition(".")
@@ -129,6 +146,7 @@ class AdaptedLayer(nn.Module):
         per_adapter: tuple[dict[str, Any], ...] = (
             self.variants,
             self.specs,
+            self.shared,
             self.r,
             self.lora_alpha,
             self.scaling,
@@ -148,6 +166,21 @@ class AdaptedLayer(nn.Module):
             found[key] = held._modules[name]._parameters[leaf] if leaf else held[name]  # type: ignore[union-attr,index,assignment]
         return found
 
+    def given(self, name: str) -> dict[str, Tensor]:
+        """All that an adapter computes with here: its own tensors and those that its layers share."""
+        tensors: dict[str, Tensor] = dict(self.tensors(name))
+        if name in self.shared:
+            tensors.update(self.shared[name].of(name))
+        return tensors
+
+    def change(self, name: str) -> Tensor:
+        """The change of the original weight that an adapter stands for, as an (O, I) matrix in float32 or wider."""
+        base, p, variant, scaling = self.original, self.given(name), self.variants[name], self.scaling[name]
+        W_OI, moved = base.weight(), standing_weight(base, p)
+        if moved is None:
+            return variant.update(base, p, W_OI, scaling=scaling)
+        return variant.update(standing(base, p), p, moved, scaling=scaling) + (moved - W_OI)
+
     def refresh(self) -> None:
         """Settle which adapters the forward adds: active, enabled, on this layer, and not merged."""
         if self.disable_adapters:
@@ -157,20 +190,43 @@ class AdaptedLayer(nn.Module):
                 name for name in self.active_adapters if name in self.specs and name not in self.merged_adapters
             )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor | None = None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.live:
+            return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+        if issubclass(self.base_class, WeightBase):
+            return self.base.run(self.effective_weight(), *args, **kwargs)  # type: ignore[attr-defined]
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        # What is merged already is in the module's own output.
+        y = None if self.unmerged is None else self.base.frozen(x)  # type: ignore[attr-defined]
         for name in self.live:
-            y = self.variants[name].forward(
-                self.base,
-                self.tensors(name),
-                x,
-                y,
-                scaling=self.scaling[name],
-                dropout=self.lora_dropout[name] if self.training else 0.0,
-            )
-        if y is None:
-            y = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+            y = self.add(name, x, y)
         return y
+
+    def add(self, name: str, x: Tensor, y: Tensor | None) -> Tensor:
+        """An adapter's update added to the output so far, or to the module's own when there is none."""
+        original, p = self.original, self.given(name)
+        base = standing(original, p)
+        assert isinstance(base, InputBase)
+        assert isinstance(original, InputBase)
+        dropout = self.lora_dropout[name] if self.training else 0.0
+        added = self.variants[name].forward(base, p, x, y, scaling=self.scaling[name], dropout=dropout)
+        if y is not None and base is not original:
+            added = added + (base.frozen(x) - original.frozen(x))
+        return added
+
+    def effective_weight(self) -> Tensor:
+        """The weight with all live adapters added, differentiable in their tensors, in W's dtype."""
+        W_OI = self.base.weight()
+        if not self.live:
+            return W_OI
+        return self.changed(W_OI, self.live)
+
+    def changed(self, W_OI: Tensor, names: Sequence[str]) -> Tensor:
+        """A weight with the changes of some adapters added, rounded once to its own dtype."""
+        total = self.change(names[0])
+        for name in names[1:]:
+            total = total + self.change(name)
+        return (W_OI.to(merge_dtype(W_OI, total)) + total).to(W_OI.dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -187,6 +243,37 @@ class AdaptedLayer(nn.Module):
             + (" merged" if name in self.merged_adapters else "" if name in self.active_adapters else " inactive")
             for name in self.specs
         )
+
+
+@final
+class SharedTensors:
+    """Frozen tensors that all layers of an adapter share: buffers ``<key>.<adapter>`` at the root, as in PEFT."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.keys: dict[str, tuple[str, ...]] = {}
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take in an adapter's tensors, keyed as on disk."""
+        for key, tensor in tensors.items():
+            if key not in self.owner._modules:
+                self.owner.add_module(key, nn.Module())
+            self.owner._modules[key].register_buffer(name, tensor)  # type: ignore[union-attr]
+        if tensors:
+            self.keys[name] = tuple(tensors)
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """An adapter's tensors, keyed as on disk."""
+        return {key: self.owner._modules[key]._buffers[name] for key in self.keys.get(name, ())}  # type: ignore[union-attr,misc]
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+        for key in self.keys.pop(name, ()):
+            held = self.owner._modules[key]
+            assert held is not None
+            held._buffers.pop(name, None)
+            if not held._buffers:
+                del self.owner._modules[key]
 
 
 def _holder(shape: tuple[int, ...]) -> nn.Module:

@@ -134,6 +134,7 @@ def remove(adapted: AdaptedModel, name: str) -> None:
             adapted.hang(path, wrapper.original_module)
             del adapted.saved[path]
     adapted.biases.remove(name)
+    adapted.shared.drop(name)
     adapted.peft_config.pop(name, None)
     adapted.reports.pop(name, None)
     adapted.active_adapters = [active for active in adapted.active_adapters if active != name]

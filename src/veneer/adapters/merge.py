@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.layer import AdaptedLayer
@@ -132,36 +132,46 @@ def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -
     layer = adapted.layers[path]
     with torch.no_grad():
         for name in names:
-            variant, tensors, scaling = layer.variants[name], layer.tensors(name), layer.scaling[name]
-            variant.merged_bias(layer.base, tensors, layer.base_layer._parameters.get("bias"), scaling=scaling)
-            if safe and not variant.merged(layer.base, tensors, layer.base.weight(), scaling=scaling).isfinite().all():
+            _merged_bias(layer, name, _bias(layer))
+            if safe and not layer.changed(layer.original.weight(), [name]).isfinite().all():
                 raise MergeError(f"Merging {name!r} into {path!r} gives values that are not finite.")
 
 
 def _merge_layer(layer: AdaptedLayer, names: Sequence[str], reversible: bool) -> None:
-    base, parameters = layer.base, layer.base_layer._parameters
-    if reversible and layer.unmerged is None and names:
-        weight = parameters["weight"]
-        assert weight is not None
-        layer.unmerged = (weight, parameters.get("bias"))
-    with torch.no_grad():
-        for name in names:
-            variant, tensors, scaling = layer.variants[name], layer.tensors(name), layer.scaling[name]
-            bias = parameters.get("bias")
-            new_bias = variant.merged_bias(base, tensors, bias, scaling=scaling)
-            base.replace(variant.merged(base, tensors, base.weight(), scaling=scaling))
+    """Merge these adapters on top of those that are merged already, all from the original weight."""
+    parameters = layer.base_layer._parameters
+    if names:
+        every = [*layer.merged_adapters, *names]
+        leaves = (layer.leaf, layer.base.bias_name())
+        originals = layer.unmerged or {leaf: parameters[leaf] for leaf in leaves if leaf is not None}
+        with torch.no_grad():
+            bias = new_bias = _bias(layer)
+            for name in names:
+                new_bias = _merged_bias(layer, name, new_bias)
+            layer.base.replace(layer.changed(layer.original.weight(), every))
             if new_bias is not None and new_bias is not bias:
-                parameters["bias"] = nn.Parameter(new_bias, requires_grad=False)
-            layer.merged_adapters = [*layer.merged_adapters, name]
+                parameters[leaves[1]] = nn.Parameter(new_bias, requires_grad=False)  # type: ignore[index]
+        layer.unmerged = originals if reversible else None
+        layer.merged_adapters = every
     layer.refresh()
+
+
+def _bias(layer: AdaptedLayer) -> Tensor | None:
+    name = layer.base.bias_name()
+    return None if name is None else layer.base_layer._parameters[name]
+
+
+def _merged_bias(layer: AdaptedLayer, name: str, bias: Tensor | None) -> Tensor | None:
+    scaling = layer.scaling[name]
+    return layer.variants[name].merged_bias(layer.original, layer.given(name), bias, scaling=scaling)
 
 
 def _restore(layer: AdaptedLayer) -> None:
     if layer.unmerged is not None:
         parameters = layer.base_layer._parameters
-        now = parameters["weight"]
+        now = parameters[layer.leaf]
         assert now is not None
-        for leaf, original in zip(("weight", "bias"), layer.unmerged, strict=True):
+        for leaf, original in layer.unmerged.items():
             if original is not None and (original.device, original.dtype) != (now.device, now.dtype):
                 # The model was moved or cast while merged, and the kept tensor was out of sight of ``to()``.
                 original.data = original.data.to(now.device, now.dtype)

@@ -15,12 +15,15 @@ from torch import nn
 
 from veneer.adapters.defaults import DEFAULT_TARGETS
 from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
+from veneer.adapters.rebase import initial_specs
 from veneer.core import registry
-from veneer.core.config import LowRankConfig, PeftConfig
+from veneer.core.base import WeightBase
+from veneer.core.config import PeftConfig, TunerConfig
 from veneer.core.errors import ConfigError, TargetError, listed, nearest
+from veneer.core.init import AbstractInit
 from veneer.core.records import MatchReport, PatternMatch, Role, TargetRecord
 from veneer.core.task_type import TaskType
-from veneer.core.variant import AbstractVariant, ParameterSpec
+from veneer.core.variant import AbstractVariant, ParameterSpec, variant_of
 
 ALL_LINEAR = "all-linear"
 _LINEAR_KINDS = frozenset({"linear", "conv1d"})
@@ -37,12 +40,16 @@ class Target:
     scaling: float
     specs: dict[str, ParameterSpec]
 
+    def on_disk(self) -> dict[str, ParameterSpec]:
+        """The tensors of this module that are in the adapter's file."""
+        return {key: spec for key, spec in self.specs.items() if spec.saved}
+
 
 @dataclass(frozen=True)
 class Selection:
     """What a config means on a model."""
 
-    config: LowRankConfig
+    config: TunerConfig
     """A copy of the config with names resolved, as it is saved."""
     variant: AbstractVariant
     targets: tuple[Target, ...]
@@ -67,14 +74,14 @@ def select(index: ModuleIndex, config: PeftConfig, *, from_file: bool = False) -
         TargetError: a pattern matched nothing, or only modules that cannot be adapted.
         ConfigError: the variant has no meaning on a matched module.
     """
-    assert isinstance(config, LowRankConfig)
+    assert isinstance(config, TunerConfig)
     return _Selector(index, config, from_file).run()
 
 
 class _Selector:
     """One resolution: collects the pattern matches on its way."""
 
-    def __init__(self, index: ModuleIndex, config: LowRankConfig, from_file: bool) -> None:
+    def __init__(self, index: ModuleIndex, config: TunerConfig, from_file: bool) -> None:
         self.index = index
         self.config = config
         self.from_file = from_file
@@ -86,22 +93,31 @@ class _Selector:
         excluded = set(self.match("exclude_modules", config.exclude_modules)) if config.exclude_modules else set()
         inside_saved = {path for path in self.index.slots if lies_in(path, [slot.path for slot in saved])}
         slots = self.target_slots(excluded, inside_saved)
-        ranks = self.values("rank_pattern", config.rank_pattern, slots)
-        alphas = self.values("alpha_pattern", config.alpha_pattern, slots)
+        ranks = self.values("rank_pattern", config.ranks, slots)
+        alphas = self.values("alpha_pattern", config.alphas, slots)
 
-        variant: AbstractVariant = registry.load("variants", config.variant).Variant()
+        variant = variant_of(config)
+        init: AbstractInit = registry.load("inits", config.init).Init()
         targets = []
         for slot in slots:
             assert slot.kind is not None
             r = int(ranks.get(slot.path, config.r))
-            alpha = alphas.get(slot.path, config.lora_alpha)
-            specs = variant.parameters(view(slot.kind, slot.module), r, config)
+            alpha = alphas.get(slot.path, config.alpha)
+            base = view(slot)
+            if config.dropout and isinstance(base, WeightBase):
+                raise ConfigError(
+                    f"lora_dropout is {config.dropout}, but {slot.path!r}, a {type(slot.module).__name__}, has no "
+                    "input of its own to drop; set lora_dropout to 0 or take that module out of target_modules."
+                )
+            specs = variant.parameters(base, r, config)
+            if init.subtracts:
+                specs |= initial_specs(base, specs)
             targets.append(Target(slot, slot.kind, r, alpha, variant.scaling(r, alpha, config), specs))
         resolved = replace(
             config,
             target_modules=self.resolved_names(slots),
             modules_to_save=self.resolved_saved(saved),
-            fan_in_fan_out=any(view(t.kind, t.slot.module).fan_in_fan_out for t in targets),
+            fan_in_fan_out=any(view(t.slot).fan_in_fan_out for t in targets),
         )
         if config.fan_in_fan_out and not resolved.fan_in_fan_out:
             warnings.warn(
@@ -333,7 +349,7 @@ class _Selector:
                 TargetRecord(
                     path=target.slot.path,
                     kind=target.kind,
-                    shape=view(target.kind, target.slot.module).shape(),
+                    shape=view(target.slot).shape(),
                     r=target.r,
                     lora_alpha=target.lora_alpha,
                     scaling=target.scaling,

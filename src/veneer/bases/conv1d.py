@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.base import AbstractBase, product
+from veneer.core.base import InputBase, product
 from veneer.kernels.lora_linear import lora_linear, low_rank
 
 
 @final
-class Base(AbstractBase):
+class Base(InputBase):
     """GPT-2's linear layer, known by its name so that transformers need not be imported."""
 
     factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     zero_factor: ClassVar[Literal["A", "B"]] = "B"
     has_output_bias: ClassVar[bool] = True
     fan_in_fan_out: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -36,12 +38,18 @@ class Base(AbstractBase):
         W_IO = self.module.weight
         return W_IO.shape[1], W_IO.shape[0]
 
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.module.weight.device, self.module.weight.dtype
+
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         out, inputs = self.shape()
         return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         return self.module.weight.t()
+
+    def bias_name(self) -> str | None:
+        return "bias"
 
     def replace(self, W_OI: Tensor) -> None:
         self.module.weight = nn.Parameter(W_OI.t().contiguous(), requires_grad=False)
@@ -63,6 +71,12 @@ class Base(AbstractBase):
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
         return low_rank(x, A, B, scaling, bias_O=bias, dropout=dropout)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return F.dropout(x, dropout) if dropout else x
+
+    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
+        return value_O
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
         return product(A, B)

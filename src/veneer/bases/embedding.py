@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.base import AbstractBase, product
+from veneer.core.base import InputBase, product
+from veneer.core.errors import ConfigError
 
 
 @final
-class Base(AbstractBase):
+class Base(InputBase):
     """An embedding table, also one that scales its output by ``embed_scale`` (Gemma, M2M).
 
     Dropout drops whole tokens from the update: the input of A is one-hot, so its elements are tokens.
@@ -25,6 +26,7 @@ class Base(AbstractBase):
     zero_factor: ClassVar[Literal["A", "B"]] = "A"
     has_output_bias: ClassVar[bool] = False
     fan_in_fan_out: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -40,12 +42,18 @@ class Base(AbstractBase):
         W_VD = self.module.weight
         return W_VD.shape[1], W_VD.shape[0]
 
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.module.weight.device, self.module.weight.dtype
+
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         width, vocabulary = self.shape()
         return (r, vocabulary), (width, r)
 
     def weight(self) -> Tensor:
         return self.module.weight.t()
+
+    def bias_name(self) -> str | None:
+        return None
 
     def replace(self, W_OI: Tensor) -> None:
         self.module.weight = nn.Parameter(W_OI.t().contiguous(), requires_grad=False)
@@ -70,6 +78,14 @@ class Base(AbstractBase):
         z = F.linear(rows, B) * scaling
         scale = getattr(self.module, "embed_scale", None)
         return z if scale is None else z * scale
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        if dropout:
+            raise ConfigError("Token ids cannot be dropped before an embedding; set lora_dropout to 0 for it.")
+        return x
+
+    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
+        return value_O
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
         return product(A, B)

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.base import AbstractBase, product
+from veneer.core.base import InputBase, product
 from veneer.kernels.lora_linear import lora_linear, low_rank
 
 
 @final
-class Base(AbstractBase):
+class Base(InputBase):
     """A linear layer with a plain floating-point weight."""
 
     factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     zero_factor: ClassVar[Literal["A", "B"]] = "B"
     has_output_bias: ClassVar[bool] = True
     fan_in_fan_out: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -35,12 +37,18 @@ class Base(AbstractBase):
         W_OI = self.module.weight
         return W_OI.shape[0], W_OI.shape[1]
 
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.module.weight.device, self.module.weight.dtype
+
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         out, inputs = self.shape()
         return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         return self.module.weight
+
+    def bias_name(self) -> str | None:
+        return "bias" if self.module.bias is not None else None
 
     def replace(self, W_OI: Tensor) -> None:
         self.module.weight = nn.Parameter(W_OI, requires_grad=False)
@@ -64,6 +72,12 @@ class Base(AbstractBase):
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
         return low_rank(x, A, B, scaling, bias_O=bias, dropout=dropout)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return F.dropout(x, dropout) if dropout else x
+
+    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
+        return value_O
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
         return product(A, B)

@@ -101,7 +101,7 @@ def module_records(class_name: str, index: ModuleIndex) -> list[ModuleRecord]:
             sizes[".".join(parts[:end])] += size
     records = [ModuleRecord("", class_name, None, None, sizes[""])]
     for path, slot in index.slots.items():
-        shape = None if slot.kind is None else view(slot.kind, slot.module).shape()
+        shape = None if slot.kind is None else view(slot).shape()
         records.append(ModuleRecord(path, type(slot.module).__name__, slot.kind, shape, sizes[path]))
     return records
 
@@ -156,9 +156,9 @@ def layer_norms(config: Any, tensors: dict[str, Tensor]) -> list[LayerNorms]:
     The norm of B A is taken from the two (r, r) Gram matrices, so that no (out, in) matrix is made.
     """
     from veneer.adapters.files import PREFIX
-    from veneer.core import registry
+    from veneer.core.variant import variant_of
 
-    variant = registry.load("variants", config.variant).Variant()
+    variant = variant_of(config)
     found = []
     for key, A in tensors.items():
         for name_a, name_b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):

@@ -1,21 +1,26 @@
-"""Where the frozen weight W lives: how to read it, replace it, and apply it with a low-rank update.
+"""Where the frozen weight W lives: how to read it, replace it, and apply it with an update.
 
 Shape legend: N tokens, I inputs, O outputs, R rank. Every base shows its weight as one (O, I) matrix.
+
+There are two kinds. An ``InputBase`` is a module that multiplies its input by W, so that an update can be added
+to its output and W is never built again. A ``WeightBase`` is a module that uses W inside a larger computation
+(packed attention, experts): there the update is added to W itself for the length of the call.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 
 class AbstractBase(ABC):
-    """A view on one frozen module. It holds no tensors; make one whenever it is needed.
+    """A view on one frozen weight of a module. It holds no tensors; make one whenever it is needed.
 
-    A file ``bases/<kind>.py`` defines the final class ``Base``; its file name is the kind that reports show.
+    A file ``bases/<kind>.py`` defines the final class ``Base`` below ``InputBase`` or ``WeightBase``; its file
+    name is the kind that reports show.
     """
 
     factor_names: ClassVar[tuple[str, str]]
@@ -26,10 +31,14 @@ class AbstractBase(ABC):
     """Whether the operation has a place for a bias (``lora_bias`` needs one)."""
     fan_in_fan_out: ClassVar[bool]
     """Whether the weight is stored (I, O) instead of (O, I)."""
+    exact: ClassVar[bool]
+    """Whether ``replace(weight())`` changes nothing: false where W is stored in fewer bits than it is read in."""
 
     @final
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, leaf: str = "weight") -> None:
         self.module = module
+        self.leaf = leaf
+        """The name of W among the module's parameters."""
 
     @staticmethod
     @abstractmethod
@@ -41,16 +50,36 @@ class AbstractBase(ABC):
         """(O, I) of the weight matrix."""
 
     @abstractmethod
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """The device of W and the floating-point dtype that it is read in: those of a new adapter. Cheap."""
+
+    @abstractmethod
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The stored shapes of A and B for rank ``r``."""
+        """The stored shapes of A and B for rank ``r``.
+
+        Raises:
+            ConfigError: this module cannot have that rank.
+        """
 
     @abstractmethod
     def weight(self) -> Tensor:
         """W as an (O, I) matrix: a view where the layout allows, never a surprise cast."""
 
     @abstractmethod
+    def bias_name(self) -> str | None:
+        """The name of the bias that belongs to W among the module's parameters; None where there is none."""
+
+    @abstractmethod
     def replace(self, W_OI: Tensor) -> None:
         """Give the module a new weight parameter. The old one is left untouched, so tied modules keep theirs."""
+
+    @abstractmethod
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """B A as an (O, I) matrix in float32 (or float64 when a factor is)."""
+
+
+class InputBase(AbstractBase):
+    """A module that multiplies its first argument by W and may add a bias."""
 
     @abstractmethod
     def frozen(self, x: Tensor) -> Tensor:
@@ -69,8 +98,24 @@ class AbstractBase(ABC):
         """``scaling * (B A drop(x) + bias)`` alone, in the dtype of the output."""
 
     @abstractmethod
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        """B A as an (O, I) matrix in float32 (or float64 when a factor is)."""
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        """The input after dropout, for a variant that multiplies it by more than A.
+
+        Raises:
+            ConfigError: the input of this module has nothing to drop (token ids).
+        """
+
+    @abstractmethod
+    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
+        """A vector over the outputs, shaped so that it broadcasts against an output ``y``."""
+
+
+class WeightBase(AbstractBase):
+    """A module that uses W inside a larger computation."""
+
+    @abstractmethod
+    def run(self, W_OI: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with another weight in the place of its own, differentiable in that weight."""
 
 
 def merge_dtype(*tensors: Tensor) -> torch.dtype:

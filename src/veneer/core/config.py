@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
@@ -11,7 +12,16 @@ from veneer.core import registry
 from veneer.core.errors import ConfigError, nearest
 from veneer.core.peft_config import PEFT_FORMAT, PeftConfig, field_docs, read_json, require_bool, strict
 
-__all__ = ["PEFT_FORMAT", "LoraConfig", "LowRankConfig", "PeftConfig", "field_docs", "read_json", "strict"]
+__all__ = [
+    "PEFT_FORMAT",
+    "LoraConfig",
+    "LowRankConfig",
+    "PeftConfig",
+    "TunerConfig",
+    "field_docs",
+    "read_json",
+    "strict",
+]
 
 # Fields of PEFT's LoraConfig that nothing here implements yet, with the only value that is accepted.
 _NOT_BUILT: dict[str, Any] = {
@@ -40,12 +50,16 @@ _NOT_BUILT: dict[str, Any] = {
 
 @strict
 @dataclass(kw_only=True)
-class LowRankConfig(PeftConfig):
-    """Where a low-rank variant goes, at which rank, and what is trained beside it. Abstract.
+class TunerConfig(PeftConfig):
+    """Where a variant goes, and what is trained beside it. Abstract.
 
-    A variant's own config is a final dataclass below this one, which gives ``variant`` (the file in
-    ``variants/``), the default of ``peft_type``, and the fields that the variant adds.
+    A variant's own config is a final dataclass below this one or ``LowRankConfig``, which gives the default
+    of ``peft_type`` and the fields that the variant adds. The properties are what adapting a model asks for;
+    a config answers them from its own fields.
     """
+
+    # The value of ``bias`` that stands for the biases of the adapted layers, in PEFT's spelling.
+    own_biases: ClassVar[str] = "lora_only"
 
     r: int = 8
     """The rank of the update."""
@@ -53,50 +67,53 @@ class LowRankConfig(PeftConfig):
     """Names (exact or suffix), one regular expression, "all-linear", or None for the model type's default."""
     exclude_modules: list[str] | str | None = None
     """Names or one regular expression to leave out of the targets."""
-    lora_alpha: int | float = 8
-    """The update is scaled by lora_alpha / r."""
-    lora_dropout: float = 0.0
-    """The probability of dropping an input of A during training."""
     fan_in_fan_out: bool = False
     """Whether targets store their weight as (in, out); found from the layer itself, kept for PEFT's file."""
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: str = "none"
     """Which biases of the base model are trained: none, all, or those of the adapted layers."""
     modules_to_save: list[str] | None = None
     """Modules that are trained and saved whole, beside the adapter."""
-    init_lora_weights: bool | str = True
-    """How A and B start: true (kaiming A, zero B), "gaussian", or false (both random)."""
     layers_to_transform: list[int] | int | None = None
     """Only these layer indices are adapted."""
     layers_pattern: list[str] | str | None = None
     """The name of the list of layers that the indices count in, when it is not obvious."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """A rank for the modules whose name ends in the given name or regular expression."""
-    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
-    """A lora_alpha for the modules whose name ends in the given name or regular expression."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive_int("r", self.r)
-        _positive("lora_alpha", self.lora_alpha)
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is {self.lora_dropout!r}; expected a number from 0 to below 1.")
-        if self.bias not in ("none", "all", "lora_only"):
+        positive_int("r", self.r)
+        biases = ("none", "all", self.own_biases)
+        if self.bias not in biases:
             raise ConfigError(
-                f"bias is {self.bias!r}; expected none, all or lora_only."
-                f"{nearest(str(self.bias), ['none', 'all', 'lora_only'])}"
+                f"bias is {self.bias!r}; expected none, all or {self.own_biases}.{nearest(str(self.bias), biases)}"
             )
         require_bool("fan_in_fan_out", self.fan_in_fan_out)
         self._check_names()
         self._check_layers()
-        self._check_patterns()
-        self.init_lora_weights = _start(self.init_lora_weights)
 
     @property
+    @abstractmethod
+    def alpha(self) -> float:
+        """The alpha of layers that ``alphas`` does not name."""
+
+    @property
+    @abstractmethod
+    def dropout(self) -> float:
+        """The probability of dropping an input of the update during training."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> Mapping[str, int]:
+        """Ranks by the ending of a module's name."""
+
+    @property
+    @abstractmethod
+    def alphas(self) -> Mapping[str, float]:
+        """Alphas by the ending of a module's name."""
+
+    @property
+    @abstractmethod
     def init(self) -> str:
         """The key of the start: the file in ``inits/``."""
-        return next((key for key, value in _STARTS.items() if value is self.init_lora_weights), None) or str(
-            self.init_lora_weights
-        )
 
     def _check_names(self) -> None:
         self.target_modules = _names("target_modules", self.target_modules)
@@ -127,6 +144,54 @@ class LowRankConfig(PeftConfig):
             if not isinstance(index, int) or isinstance(index, bool) or index < 0:
                 raise ConfigError(f"layers_to_transform has {index!r}; expected layer numbers from 0.")
 
+
+@strict
+@dataclass(kw_only=True)
+class LowRankConfig(TunerConfig):
+    """The fields of LoRA and of the variants that PEFT derives from it. Abstract."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base model are trained: none, all, or those of the adapted layers."""
+    lora_alpha: int | float = 8
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """The probability of dropping an input of A during training."""
+    init_lora_weights: bool | str = True
+    """How A and B start: true (kaiming A, zero B), "gaussian", or false (both random)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """A rank for the modules whose name ends in the given name or regular expression."""
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    """A lora_alpha for the modules whose name ends in the given name or regular expression."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("lora_alpha", self.lora_alpha)
+        probability("lora_dropout", self.lora_dropout)
+        self._check_patterns()
+        self.init_lora_weights = _start(self.init_lora_weights)
+
+    @property
+    def alpha(self) -> float:
+        return self.lora_alpha
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        return self.rank_pattern
+
+    @property
+    def alphas(self) -> Mapping[str, float]:
+        return self.alpha_pattern
+
+    @property
+    def init(self) -> str:
+        return next((key for key, value in _STARTS.items() if value is self.init_lora_weights), None) or str(
+            self.init_lora_weights
+        )
+
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
@@ -138,9 +203,9 @@ class LowRankConfig(PeftConfig):
             for key, value in patterns.items():
                 _regex(name, key)
                 if name == "rank_pattern":
-                    _positive_int(f"rank_pattern[{key!r}]", value)
+                    positive_int(f"rank_pattern[{key!r}]", value)
                 else:
-                    _positive(f"alpha_pattern[{key!r}]", value)
+                    positive(f"alpha_pattern[{key!r}]", value)
 
 
 @final
@@ -158,7 +223,6 @@ class LoraConfig(LowRankConfig):
     """
 
     not_built: ClassVar[Mapping[str, Any]] = _NOT_BUILT
-    variant: ClassVar[str] = "lora"
 
     peft_type: str | None = "LORA"
     """The variant family in PEFT's spelling."""
@@ -166,11 +230,14 @@ class LoraConfig(LowRankConfig):
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     lora_bias: bool = False
     """Whether B has a bias that learns."""
+    use_lorafa: bool = False
+    """Freeze A, so that training keeps only its few outputs for backward (LoRA-FA, arXiv 2308.03303)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_bool("use_rslora", self.use_rslora)
         require_bool("lora_bias", self.lora_bias)
+        require_bool("use_lorafa", self.use_lorafa)
 
 
 # The starts that PEFT's file spells as true and false.
@@ -211,11 +278,31 @@ def _regex(field_name: str, pattern: Any) -> None:
         raise ConfigError(f"{field_name} has {pattern!r}, which is not a regular expression: {error}.") from None
 
 
-def _positive_int(name: str, value: Any) -> None:
+def probability(name: str, value: Any) -> None:
+    """Refuse anything but a number from 0 to below 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ConfigError(f"{name} is {value!r}; expected a number from 0 to below 1.")
+
+
+def positive_int(name: str, value: Any) -> None:
+    """Refuse anything but a whole number of at least 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1.")
 
 
-def _positive(name: str, value: Any) -> None:
+def positive(name: str, value: Any) -> None:
+    """Refuse anything but a finite number above 0.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ConfigError(f"{name} is {value!r}; expected a number above 0.")

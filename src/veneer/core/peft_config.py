@@ -28,8 +28,8 @@ PEFT_FORMAT = "0.21.2"
 
 _VENEER_TASK = "veneer_task_type"
 
-# PEFT keeps these out of its file: they say how this machine runs the adapter.
-_NOT_SAVED = frozenset({"runtime_config"})
+# Kept out of the file: they say how this machine runs or trains the adapter, not what it is.
+_NOT_SAVED = frozenset({"runtime_config", "use_lorafa"})
 
 C = TypeVar("C", bound=type)
 
@@ -72,7 +72,6 @@ class PeftConfig:
     """
 
     not_built: ClassVar[Mapping[str, Any]] = {}
-    variant: ClassVar[str] = ""
 
     task_type: TaskType | str | None = None
     """What the model is for; decides whether its head is trained and saved."""
@@ -90,7 +89,7 @@ class PeftConfig:
     """Whether the adapter is loaded frozen."""
 
     def __post_init__(self) -> None:
-        if not self.variant:
+        if type(self).peft_type is None:
             raise TypeError(f"{type(self).__name__} is abstract; use the config of a variant, such as LoraConfig.")
         own = type(self).peft_type
         if str(self.peft_type).upper() != own:
@@ -123,7 +122,8 @@ class PeftConfig:
         """The fields as plain JSON values, in the spelling that PEFT reads, keys sorted."""
         values: dict[str, Any] = {key: value for key, value in self.not_built.items() if key not in _NOT_SAVED}
         for f in dataclasses.fields(self):
-            values[f.name] = _plain(getattr(self, f.name))
+            if f.name not in _NOT_SAVED:
+                values[f.name] = _plain(getattr(self, f.name))
         values["peft_version"] = PEFT_FORMAT
         if isinstance(self.task_type, TaskType):
             values["task_type"] = self.task_type.peft_name
@@ -196,14 +196,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _config_class(peft_type: str, source: str) -> type[PeftConfig]:
-    known = registry.names("variants")
-    if peft_type.lower() not in known:
+    known = config_classes()
+    if peft_type not in known:
         raise ConfigError(
             f"{source} has peft_type {peft_type!r}, which this release does not support; "
-            f"supported: {', '.join(name.upper() for name in known)}."
+            f"supported: {', '.join(known)}.{nearest(peft_type, known)}"
         )
-    found: type[PeftConfig] = registry.load("variants", peft_type.lower()).Variant.config_class
-    return found
+    return known[peft_type]
+
+
+@functools.cache
+def config_classes() -> dict[str, type[PeftConfig]]:
+    """The config class of every ``peft_type``, found from the variants there are."""
+    found = [registry.load("variants", name).Variant.config_class for name in registry.names("variants")]
+    return {cls.peft_type: cls for cls in sorted(found, key=lambda cls: cls.peft_type)}
 
 
 def require_bool(name: str, value: Any) -> None:

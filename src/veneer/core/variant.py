@@ -1,16 +1,19 @@
-"""What the update is: the parameters it needs, its forward, and the weight it merges into."""
+"""What the update is: the parameters it needs, how they start, its forward, and the change of W it stands for."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from veneer.core.base import AbstractBase
+from veneer.core import registry
+from veneer.core.base import AbstractBase, InputBase
 from veneer.core.config import PeftConfig
+from veneer.core.errors import ConfigError, listed
+from veneer.core.init import AbstractInit
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class ParameterSpec:
     """Its shape, as stored."""
     trainable: bool = True
     """Whether it learns."""
+    saved: bool = True
+    """Whether it is in the adapter's file."""
 
 
 class AbstractVariant(ABC):
@@ -29,10 +34,15 @@ class AbstractVariant(ABC):
     A file ``variants/<name>.py`` defines the final class ``Variant``. Parameters are keyed by the name
     they have on disk: ``lora_A.weight`` lives in memory as ``lora_A[adapter].weight``, a name without
     a dot such as ``lora_embedding_A`` as ``lora_embedding_A[adapter]``.
+
+    Every variant is a change of the weight, ``W + update(W)``, computed from the frozen W: so the updates of
+    several active adapters add up, in the forward pass and merged alike.
     """
 
     config_class: ClassVar[type[PeftConfig]]
     """The config that selects this variant."""
+    options: ClassVar[Mapping[str, Any]]
+    """Fields of the config that select it among the variants of that config, each with a value that is on."""
 
     @abstractmethod
     def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
@@ -43,13 +53,39 @@ class AbstractVariant(ABC):
         """
 
     @abstractmethod
+    def shared(self, shapes: Sequence[tuple[int, int]], config: PeftConfig) -> dict[str, Tensor]:
+        """Frozen tensors that all layers of one adapter share, keyed as on disk; none for most variants.
+
+        Args:
+            shapes: (O, I) of every adapted layer.
+            config: the adapter's config.
+        """
+
+    @abstractmethod
     def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
         """The factor s in ``W x + s B A x``."""
 
     @abstractmethod
-    def forward(
+    def start(
         self,
         base: AbstractBase,
+        p: Mapping[str, Tensor],
+        init: AbstractInit,
+        *,
+        scaling: float,
+        config: PeftConfig,
+        evidence: Mapping[str, Tensor] | None,
+    ) -> Tensor | None:
+        """Fill fresh tensors in place.
+
+        Returns:
+            The (O, I) weight that the adapter is to stand on instead of W, or None; see ``AbstractInit.fill``.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        base: InputBase,
         p: Mapping[str, Tensor],
         x: Tensor,
         y: Tensor | None,
@@ -60,12 +96,19 @@ class AbstractVariant(ABC):
         """The layer's output with this adapter added.
 
         ``y`` is the output so far, or None for the first active adapter: the variant then calls the base
-        itself, so that it may fuse. ``dropout`` is 0 outside training.
+        itself, so that it may fuse. ``dropout`` is 0 outside training. ``p`` holds the shared tensors too.
         """
 
     @abstractmethod
-    def merged(self, base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, *, scaling: float) -> Tensor:
-        """The weight that gives the same outputs: a new tensor in W's dtype; ``W_OI`` is not written to."""
+    def update(self, base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, *, scaling: float) -> Tensor:
+        """The change of the frozen weight ``W_OI`` that gives the same outputs.
+
+        Returns:
+            A new (O, I) tensor in float32 or wider, differentiable in ``p``.
+
+        Raises:
+            MergeError: the change cannot be written as one matrix in the place of W.
+        """
 
     @abstractmethod
     def merged_bias(
@@ -76,3 +119,38 @@ class AbstractVariant(ABC):
         Raises:
             MergeError: the variant has a bias to merge and the module has no place for it.
         """
+
+
+def low_rank_forward(
+    base: InputBase,
+    A: Tensor,
+    B: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``AbstractVariant.forward`` of an update that is ``scaling * (B A + bias)`` with these factors."""
+    if y is None:
+        return base.adapted(x, A, B, scaling, bias=bias, dropout=dropout)
+    return y + base.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
+
+
+def variant_of(config: PeftConfig) -> AbstractVariant:
+    """The variant that a config selects: the one of its class with the most of its options on.
+
+    Raises:
+        ConfigError: the config asks for two variants at once.
+    """
+    found: list[AbstractVariant] = []
+    for name in registry.names("variants"):
+        variant: AbstractVariant = registry.load("variants", name).Variant()
+        if variant.config_class is type(config) and all(getattr(config, option) for option in variant.options):
+            found.append(variant)
+    chosen = max(found, key=lambda variant: len(variant.options))
+    others = {option for variant in found for option in variant.options} - set(chosen.options)
+    if others:
+        raise ConfigError(f"{listed(sorted({*chosen.options, *others}))} cannot be combined; choose one of them.")
+    return chosen

@@ -6,18 +6,22 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
-from veneer.core.base import AbstractBase
-from veneer.core.init import AbstractInit
+from veneer.core.init import AbstractInit, Identity, Start
 
 
 @final
 class Init(AbstractInit):
     """Normal A of deviation 1/r and zero B; on an embedding zero A and standard normal B."""
 
-    identity: ClassVar[bool] = True
+    identity: ClassVar[Identity] = "exact"
+    random: ClassVar[bool] = True
+    subtracts: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    evidence: ClassVar[str | None] = None
 
-    def fill(self, base: AbstractBase, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        if base.zero_factor == "B":
+    def fill(self, start: Start) -> Tensor | None:
+        A, B, bias = start.A, start.B, start.bias
+        if start.base.zero_factor == "B":
             nn.init.normal_(A, std=1 / A.shape[0])
             nn.init.zeros_(B)
         else:
@@ -25,3 +29,4 @@ class Init(AbstractInit):
             nn.init.normal_(B)
         if bias is not None:
             nn.init.zeros_(bias)
+        return None

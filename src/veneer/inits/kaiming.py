@@ -7,18 +7,22 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
-from veneer.core.base import AbstractBase
-from veneer.core.init import AbstractInit
+from veneer.core.init import AbstractInit, Identity, Start
 
 
 @final
 class Init(AbstractInit):
     """Kaiming-uniform A and zero B; on an embedding zero A and normal B, as the LoRA authors' code does."""
 
-    identity: ClassVar[bool] = True
+    identity: ClassVar[Identity] = "exact"
+    random: ClassVar[bool] = True
+    subtracts: ClassVar[bool] = False
+    moves: ClassVar[bool] = False
+    evidence: ClassVar[str | None] = None
 
-    def fill(self, base: AbstractBase, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        if base.zero_factor == "B":
+    def fill(self, start: Start) -> Tensor | None:
+        A, B, bias = start.A, start.B, start.bias
+        if start.base.zero_factor == "B":
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             nn.init.zeros_(B)
         else:
@@ -26,3 +30,4 @@ class Init(AbstractInit):
             nn.init.normal_(B)
         if bias is not None:
             nn.init.zeros_(bias)
+        return None

@@ -6,15 +6,16 @@ Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar, final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from veneer.core.base import AbstractBase, merge_dtype
+from veneer.core.base import AbstractBase, InputBase
 from veneer.core.config import LoraConfig, PeftConfig
 from veneer.core.errors import ConfigError, MergeError
-from veneer.core.variant import AbstractVariant, ParameterSpec
+from veneer.core.init import AbstractInit, Start
+from veneer.core.variant import AbstractVariant, ParameterSpec, low_rank_forward
 
 BIAS = "lora_B.bias"
 
@@ -24,11 +25,19 @@ class Variant(AbstractVariant):
     """The low-rank update itself."""
 
     config_class: ClassVar[type[PeftConfig]] = LoraConfig
+    options: ClassVar[Mapping[str, Any]] = {}
 
     def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
         assert isinstance(config, LoraConfig)
         shapes = base.factor_shapes(r)
         specs = {name: ParameterSpec(shape) for name, shape in zip(base.factor_names, shapes, strict=True)}
+        if config.use_lorafa:
+            if base.zero_factor == "A":
+                raise ConfigError(
+                    f"use_lorafa=True has no meaning on {type(base.module).__name__}: the factor that it would freeze "
+                    "starts at zero there; take that module out of target_modules."
+                )
+            specs[base.factor_names[0]] = ParameterSpec(shapes[0], trainable=False)
         if config.lora_bias:
             if not base.has_output_bias:
                 raise ConfigError(
@@ -38,13 +47,29 @@ class Variant(AbstractVariant):
             specs[BIAS] = ParameterSpec((base.shape()[0],))
         return specs
 
+    def shared(self, shapes: Sequence[tuple[int, int]], config: PeftConfig) -> dict[str, Tensor]:
+        return {}
+
     def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
         assert isinstance(config, LoraConfig)
         return lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
 
-    def forward(
+    def start(
         self,
         base: AbstractBase,
+        p: Mapping[str, Tensor],
+        init: AbstractInit,
+        *,
+        scaling: float,
+        config: PeftConfig,
+        evidence: Mapping[str, Tensor] | None,
+    ) -> Tensor | None:
+        A, B = (p[name] for name in base.factor_names)
+        return init.fill(Start(base, A, B, p.get(BIAS), scaling, config, evidence))
+
+    def forward(
+        self,
+        base: InputBase,
         p: Mapping[str, Tensor],
         x: Tensor,
         y: Tensor | None,
@@ -53,15 +78,11 @@ class Variant(AbstractVariant):
         dropout: float,
     ) -> Tensor:
         A, B = (p[name] for name in base.factor_names)
-        bias = p.get(BIAS)
-        if y is None:
-            return base.adapted(x, A, B, scaling, bias=bias, dropout=dropout)
-        return y + base.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
+        return low_rank_forward(base, A, B, x, y, scaling=scaling, dropout=dropout, bias=p.get(BIAS))
 
-    def merged(self, base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, *, scaling: float) -> Tensor:
+    def update(self, base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, *, scaling: float) -> Tensor:
         A, B = (p[name] for name in base.factor_names)
-        wide = merge_dtype(W_OI, A, B)
-        return base.delta(A, B).mul_(scaling).add_(W_OI.to(wide)).to(W_OI.dtype)
+        return base.delta(A, B) * scaling
 
     def merged_bias(
         self, base: AbstractBase, p: Mapping[str, Tensor], bias: Tensor | None, *, scaling: float

@@ -1,0 +1,142 @@
+"""Adapters that stand on another weight than W, because of how they started.
+
+A start such as PiSSA puts a part of W into the factors, ``A0`` and ``B0``, and lets the adapter stand on
+``W - B0 A0``. W itself is never written to: the two frozen factors are kept beside the trained ones and taken off
+in the forward pass. So disabling, switching and deleting give the base back bit for bit, several such adapters live
+on one model, and none of it needs a second copy of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.base import AbstractBase, InputBase, merge_dtype
+from veneer.core.variant import ParameterSpec
+
+STANDING = "initial_weight"
+"""The key of a whole weight that an adapter stands on."""
+
+
+def initial_tensors(base: AbstractBase, p: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """The frozen copies of the factors as they are now; the scaling goes into that of B."""
+    A, B = base.factor_names
+    return {initial_name(A): p[A].clone(), initial_name(B): p[B] * scaling}
+
+
+def initial_name(factor_name: str) -> str:
+    """The key of the frozen copy of a starting factor: "lora_A.weight" becomes "initial_A.weight"."""
+    return factor_name.replace("lora_", "initial_", 1)
+
+
+def initial_specs(base: AbstractBase, specs: Mapping[str, ParameterSpec]) -> dict[str, ParameterSpec]:
+    """The frozen copies that a start which takes a part of W needs beside a variant's own tensors."""
+    return {initial_name(name): ParameterSpec(specs[name].shape, trainable=False) for name in base.factor_names}
+
+
+def standing(base: AbstractBase, p: Mapping[str, Tensor]) -> AbstractBase:
+    """The base as an adapter with these tensors sees it: on another weight when its start says so."""
+    if STANDING in p:
+        shape = base.weight().shape
+        return with_weight(base, p[STANDING].reshape(shape))
+    A0, B0 = (p.get(initial_name(name)) for name in base.factor_names)
+    if A0 is None or B0 is None or not isinstance(base, InputBase):
+        return base
+    taken = _Less(base.module, base.leaf)
+    own = ("factor_names", "zero_factor", "has_output_bias", "fan_in_fan_out", "exact")
+    taken.__dict__.update({name: getattr(base, name) for name in own}, inner=base, A0=A0, B0=B0)
+    return taken
+
+
+def standing_weight(base: AbstractBase, p: Mapping[str, Tensor]) -> Tensor | None:
+    """The (O, I) weight that an adapter with these tensors stands on; None when that is W itself."""
+    if STANDING in p:
+        return p[STANDING]
+    A0, B0 = (p.get(initial_name(name)) for name in base.factor_names)
+    if A0 is None or B0 is None:
+        return None
+    W = base.weight()
+    return W.to(merge_dtype(W, A0)) - base.delta(A0, B0)
+
+
+def with_weight(base: AbstractBase, W_OI: Tensor) -> AbstractBase:
+    """The base over a stand-in for its module that has another weight; the module itself is not touched."""
+    other = type(base)(shell(base.module), base.leaf)
+    other.replace(W_OI)
+    return other
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A module that shares everything with another one, until a parameter of it is replaced."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    return twin
+
+
+@final
+class _Less(InputBase):
+    """A base whose weight is ``W - B0 A0``; what its class says of itself is replaced by what the inner base says."""
+
+    factor_names: ClassVar[tuple[str, str]] = ("", "")
+    zero_factor: ClassVar[Literal["A", "B"]] = "B"
+    has_output_bias: ClassVar[bool] = True
+    fan_in_fan_out: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
+
+    inner: InputBase
+    A0: Tensor
+    B0: Tensor
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        return False
+
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape()
+
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.inner.placement()
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.inner.factor_shapes(r)
+
+    def weight(self) -> Tensor:
+        W = self.inner.weight()
+        return W.to(merge_dtype(W, self.A0)) - self.inner.delta(self.A0, self.B0)
+
+    def bias_name(self) -> str | None:
+        return self.inner.bias_name()
+
+    def replace(self, W_OI: Tensor) -> None:
+        self.inner.replace(W_OI)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return self.inner.adapted(x, self.A0, -self.B0, 1.0, bias=None, dropout=0.0)
+
+    def adapted(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
+    ) -> Tensor:
+        if not dropout and A.ndim == B.ndim == 2:
+            # Both pairs of factors as one, so that the base can fuse them.
+            A, B = torch.cat([A, self.A0.to(A.dtype)]), torch.cat([B, self.B0.to(B.dtype) / -scaling], 1)
+            return self.inner.adapted(x, A, B, scaling, bias=bias, dropout=0.0)
+        y = self.frozen(x)
+        return y + self.inner.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
+
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
+    ) -> Tensor:
+        return self.inner.low_rank(x, A, B, scaling, bias=bias, dropout=dropout)
+
+    def drop(self, x: Tensor, dropout: float) -> Tensor:
+        return self.inner.drop(x, dropout)
+
+    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
+        return self.inner.rows(y, value_O)
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return self.inner.delta(A, B)
