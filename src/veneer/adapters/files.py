@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -240,12 +240,21 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     return Fitted(selection, factors, whole, biases, embeddings, tuple(brought))  # type: ignore[arg-type]
 
 
-def warn_of_other_base(adapted: AdaptedModel, files: AdapterFiles, fitted: Fitted) -> None:
-    """Warn when the base's weights are not those that the adapter was trained on, if the file tells."""
+def warn_of_other_base(
+    adapted: AdaptedModel, files: AdapterFiles, fitted: Fitted, *, read: Callable[[str], Tensor] | None = None
+) -> None:
+    """Warn when the base's weights are not those that the adapter was trained on, if the file tells.
+
+    Args:
+        adapted: the model.
+        files: the adapter as it was read.
+        fitted: the same, sorted to the model.
+        read: gives the value of a parameter by its name, for a model that has none itself.
+    """
     saved = files.metadata.get(_FINGERPRINT)
     if saved is None:
         return
-    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *fitted.brought]))
+    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *fitted.brought], read=read))
     if clause is not None:
         warnings.warn(
             f"This adapter was trained on another base model: {clause} from those of "
@@ -312,7 +321,7 @@ def _vocabulary_changed(adapted: AdaptedModel, config: PeftConfig) -> bool:
     return before is not None and before != now
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tables are equal in the coarser of their dtypes: a base may be loaded in another precision."""
     coarse = a.dtype if torch.finfo(a.dtype).eps > torch.finfo(b.dtype).eps else b.dtype
     return torch.equal(a.to(b.device, coarse), b.to(coarse))
@@ -324,7 +333,8 @@ def _embeddings_in(
     """Whole embedding weights beside an adapter: PEFT writes them for targeted and for resized embeddings.
 
     Returns:
-        Those that differ from the base's, by parameter name, and the paths of all.
+        Those that differ from the base's, by parameter name, and the paths of all. A base on the meta device has no
+        values to compare, so that all are taken to differ.
     """
     found: dict[str, Tensor] = {}
     brought: list[str] = []
@@ -339,7 +349,7 @@ def _embeddings_in(
                     f"{key} has shape {tuple(tensor.shape)}, expected {tuple(now.shape)}: call "
                     f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
                 )
-            elif not now.is_meta and not _same(tensor, now.detach()):
+            elif now.is_meta or not same_values(tensor, now.detach()):
                 found[f"{path}.weight"] = tensor
             brought.append(path)
     return found, brought

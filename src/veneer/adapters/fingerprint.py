@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ _PARAMETERS = 64
 _VALUES = 8
 
 
-def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
+def fingerprint(
+    adapted: AdaptedModel, leave_out: Collection[str] = (), *, read: Callable[[str], Tensor] | None = None
+) -> str:
     """A text of three parts: a hash of all parameter names and shapes, the dtypes, and a few sampled values.
 
     Values are kept as bfloat16, so that the same checkpoint loaded in another precision has the same mark.
@@ -25,6 +27,7 @@ def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
     Args:
         adapted: the model; merged layers count with their original weight.
         leave_out: module paths that are not part of the base, such as a new head that the adapter brings.
+        read: gives the value of a parameter by its name, for a model that has none itself.
     """
     names = [name for name in sorted(adapted.index.parameter_sizes) if not lies_in(name, leave_out)]
     shapes, values, dtypes = hashlib.sha256(), [], set()
@@ -34,7 +37,7 @@ def fingerprint(adapted: AdaptedModel, leave_out: Collection[str] = ()) -> str:
         shapes.update(f"{name}{tuple(adapted.original(name).shape)}".encode())
     known = True
     for name in sampled:
-        parameter = adapted.original(name)
+        parameter = adapted.original(name) if read is None else read(name)
         if parameter.is_meta or not parameter.is_floating_point():
             known = False
             continue

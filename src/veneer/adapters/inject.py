@@ -139,8 +139,12 @@ def _loaded(target: Target, selection: Selection, widen: bool, given: Mapping[st
 
 
 def _cast(given: Mapping[str, Tensor], target: Target, widen: bool) -> dict[str, Tensor]:
-    """Loaded tensors keep their dtype, except that halves follow PEFT's rule; they move to the base's device."""
-    device, _ = view(target.slot).placement()
+    """Loaded tensors keep their dtype, except that halves follow PEFT's rule; they move to the base's device.
+
+    Beside a base without values, on the meta device, they stay where they are and keep their own.
+    """
+    there, _ = view(target.slot).placement()
+    device = None if there.type == "meta" else there
     # A copy: a tensor that lies in the mapped file is not aligned, and products of it may round otherwise.
     return {
         key: tensor.to(

@@ -38,9 +38,8 @@ def load_into(
     fitted = fit(adapted, files)
     warn_of_other_base(adapted, files, fitted)
     for key in fitted.embeddings:
-        warnings.warn(
-            f"The adapter brings its own {key}, which differs from the base model's; it replaces it.", stacklevel=4
-        )
+        if not adapted.original(key).is_meta:
+            warn_of_own(key)
     exists = name in adapted.peft_config
     if exists:
         _check_same(adapted, name, fitted)
@@ -60,6 +59,13 @@ def load_into(
         for now, loaded in _pairs(adapted, name, fitted, factors=exists):
             now.copy_(loaded)
     return adapted.reports[name]
+
+
+def warn_of_own(key: str) -> None:
+    """Say that an adapter's file holds an embedding that takes the place of the base's."""
+    warnings.warn(
+        f"The adapter brings its own {key}, which differs from the base model's; it replaces it.", stacklevel=5
+    )
 
 
 def _pairs(adapted: AdaptedModel, name: str, fitted: Fitted, *, factors: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -90,12 +90,7 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
         MergeError: see ``merge``; also when merging would untie embeddings that an encoder-decoder model
             computes with as one. Nothing has changed then.
     """
-    unties = _unties(adapted, merged)
-    if unties and getattr(getattr(adapted.model, "config", None), "is_encoder_decoder", False):
-        raise MergeError(
-            f"{unties!r} shares its weight with another module, and {type(adapted.model).__name__} cannot be saved "
-            "with the two different; use the adapter unmerged, or leave that module out of the adapter."
-        )
+    unties = untied_by(adapted, merged)
     were_merged, shown = merged_names(adapted), adapted.biases.shown
     unmerge(adapted)
     try:
@@ -115,24 +110,34 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
         adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
     adapted.biases.settle()
     if unties:
-        _mark_untied(adapted.model)
+        mark_untied(adapted.model)
     for name, parameter in adapted.model.named_parameters():
         parameter.requires_grad_(name in adapted.index.trainable)
     return adapted.model
 
 
-def _unties(adapted: AdaptedModel, names: Sequence[str]) -> str | None:
-    """A module whose weight is shared with another one now and would not be once ``names`` are merged."""
+def untied_by(adapted: AdaptedModel, names: Sequence[str]) -> str | None:
+    """A module whose weight is shared with another one now and would not be once ``names`` are merged.
+
+    Raises:
+        MergeError: there is one, in a model that cannot be saved so.
+    """
     changed = [path for path, layer in adapted.layers.items() if any(name in layer.specs for name in names)]
     changed += [path for path, w in adapted.saved.items() if any(name in w.modules_to_save for name in names)]
-    return next((path for path in changed for t in adapted.index.tied if t == path or t.startswith(f"{path}.")), None)
+    unties = next((path for path in changed for t in adapted.index.tied if t == path or t.startswith(f"{path}.")), None)
+    if unties and getattr(getattr(adapted.model, "config", None), "is_encoder_decoder", False):
+        raise MergeError(
+            f"{unties!r} shares its weight with another module, and {type(adapted.model).__name__} cannot be saved "
+            "with the two different; use the adapter unmerged, or leave that module out of the adapter."
+        )
+    return unties
 
 
 def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -> None:
     layer = adapted.layers[path]
     with torch.no_grad():
         for name in names:
-            _merged_bias(layer, name, _bias(layer))
+            merged_bias(layer, [name], _bias(layer))
             if safe and not layer.changed(layer.original.weight(), [name]).isfinite().all():
                 raise MergeError(f"Merging {name!r} into {path!r} gives values that are not finite.")
 
@@ -145,9 +150,8 @@ def _merge_layer(layer: AdaptedLayer, names: Sequence[str], reversible: bool) ->
         leaves = (layer.leaf, layer.base.bias_name())
         originals = layer.unmerged or {leaf: parameters[leaf] for leaf in leaves if leaf is not None}
         with torch.no_grad():
-            bias = new_bias = _bias(layer)
-            for name in names:
-                new_bias = _merged_bias(layer, name, new_bias)
+            bias = _bias(layer)
+            new_bias = merged_bias(layer, names, bias)
             layer.base.replace(layer.changed(layer.original.weight(), every))
             if new_bias is not None and new_bias is not bias:
                 parameters[leaves[1]] = nn.Parameter(new_bias, requires_grad=False)  # type: ignore[index]
@@ -161,9 +165,12 @@ def _bias(layer: AdaptedLayer) -> Tensor | None:
     return None if name is None else layer.base_layer._parameters[name]
 
 
-def _merged_bias(layer: AdaptedLayer, name: str, bias: Tensor | None) -> Tensor | None:
-    scaling = layer.scaling[name]
-    return layer.variants[name].merged_bias(layer.original, layer.given(name), bias, scaling=scaling)
+def merged_bias(layer: AdaptedLayer, names: Sequence[str], bias: Tensor | None) -> Tensor | None:
+    """The bias of a layer with those of some adapters merged into it; the given one when they have none."""
+    for name in names:
+        scaling = layer.scaling[name]
+        bias = layer.variants[name].merged_bias(layer.original, layer.given(name), bias, scaling=scaling)
+    return bias
 
 
 def _restore(layer: AdaptedLayer) -> None:
@@ -182,7 +189,7 @@ def _restore(layer: AdaptedLayer) -> None:
     layer.refresh()
 
 
-def _mark_untied(model: nn.Module) -> None:
+def mark_untied(model: nn.Module) -> None:
     """Tell a Hugging Face model that its embeddings differ now: saved as tied, one of them would be lost."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
