@@ -77,8 +77,7 @@ def inject(
     }
     copies = {slot.path: _copy(slot.module) for slot in selection.saved}
     if shared is None:
-        shapes = [view(target.slot).shape() for target in selection.targets]
-        shared = selection.variant.shared(shapes, selection.config)
+        shared = selection.variant.shared([view(t.slot).shape() for t in selection.targets], selection.config)
     try:
         _commit(adapted, name, selection, fresh, layers, copies, shared)
     except BaseException:
