@@ -144,7 +144,7 @@ def spectrum_of(update_OI: Tensor) -> Spectrum:
     tall = O > I
     gram = update_OI.new_zeros(min(O, I), min(O, I), dtype=torch.float64)
     # In blocks, so that no copy of the whole in float64 is made.
-    for block in update_OI.split(_BLOCK, dim=0 if tall else 1):
+    for block in torch.split(update_OI, _BLOCK, dim=0 if tall else 1):
         wide = block.double()
         gram += wide.T @ wide if tall else wide @ wide.T
     eigenvalues, vectors = torch.linalg.eigh(gram)

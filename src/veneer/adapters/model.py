@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import files, lifecycle
+from veneer.adapters import combine, files, lifecycle
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import lies_in
@@ -22,7 +22,7 @@ from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trai
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, nearest
 from veneer.core.hub import WHERE
-from veneer.core.records import MatchReport
+from veneer.core.records import ApproximatedLayer, MatchReport
 
 # Options that public scripts pass to PEFT, where they do nothing either.
 _WITHOUT_EFFECT = {
@@ -256,6 +256,31 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Kept because transformers' Trainer calls it after writing its own card, which stands as it is."""
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> tuple[ApproximatedLayer, ...]:
+        """Add an inactive adapter that is a weighted combination of others; see ``veneer.adapters.combine``.
+
+        >>> model.add_weighted_adapter(["first", "second"], [0.7, 0.3], "both", combination_type="cat")
+
+        Raises:
+            UsageError: the combination has no meaning. The model is what it was.
+        """
+        options = (svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
+        return combine.add_weighted_adapter(
+            self.base_model, adapters, weights, adapter_name, combination_type, *options
+        )
 
     # Switching
 

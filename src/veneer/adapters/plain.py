@@ -1,0 +1,190 @@
+"""Plain LoRA: two factors a layer whose product is the update itself, and the config that says so.
+
+What is combined, extracted, resized or converted is written in this one form: alpha equals the rank on every layer,
+so that ``alpha / r`` is 1. A reader that overlooks rank_pattern or alpha_pattern then still scales every layer right.
+
+Shape legend: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.index import ModuleIndex
+from veneer.adapters.rebase import STANDING, initial_name
+from veneer.core import registry
+from veneer.core.base import AbstractBase
+from veneer.core.config import LoraConfig, TunerConfig
+from veneer.core.errors import UsageError
+from veneer.core.variant import AbstractVariant
+
+BIAS = "lora_B.bias"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An update that is exactly ``scaling * (B A)``."""
+
+    A: Tensor
+    """(R, I)."""
+    B: Tensor
+    """(O, R)."""
+    scaling: float
+    """Its factor."""
+    started: bool
+    """Whether a frozen start was taken off: A and B are then stacks of two pairs, no factors that learned."""
+
+
+def factors_of(
+    variant: AbstractVariant, base: AbstractBase, tensors: Mapping[str, Tensor], *, scaling: float, r: int
+) -> Factors | None:
+    """The factors of an adapter on one layer; None when its update is no product of two thin matrices.
+
+    Args:
+        variant: what the update is.
+        base: the layer.
+        tensors: the adapter's tensors there, keyed as on disk.
+        scaling: its factor.
+        r: its rank.
+    """
+    if type(variant) is not type(registry.load("variants", "lora").Variant()) or STANDING in tensors:
+        return None
+    A, B = (tensors[name].detach() for name in base.factor_names)
+    O, I = base.shape()  # noqa: E741 - the legend's letters
+    if A.shape[0] != r or A.numel() != r * I or B.shape[:2] != (O, r) or B.numel() != O * r:
+        # Groups of a convolution, or experts that stand stacked: many products, not one.
+        return None
+    A_RI, B_OR = A.reshape(r, I), B.reshape(O, r)
+    A0, B0 = (tensors.get(initial_name(name)) for name in base.factor_names)
+    if A0 is None or B0 is None:
+        return Factors(A_RI, B_OR, scaling, started=False)
+    stacked_A, stacked_B = torch.cat([A_RI, A0.reshape(r, I)]), torch.cat([B_OR * scaling, -B0.reshape(O, r)], 1)
+    return Factors(stacked_A, stacked_B, 1.0, started=True)
+
+
+def stored(base: AbstractBase, A_RI: Tensor, B_OR: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Factors under the names and in the shapes that a base stores them in.
+
+    Raises:
+        UsageError: factors of this base are no single pair of matrices.
+    """
+    r = A_RI.shape[0]
+    shapes = base.factor_shapes(r)
+    if [torch.Size(shape).numel() for shape in shapes] != [A_RI.numel(), B_OR.numel()]:
+        raise UsageError(
+            f"The factors of a {type(base.module).__name__} are not one pair of matrices, so no update of rank {r} can "
+            "be written for it; leave that module out."
+        )
+    found = {
+        name: factor.reshape(shape).contiguous()
+        for name, factor, shape in zip(base.factor_names, (A_RI, B_OR), shapes, strict=True)
+    }
+    return found if bias is None else {**found, BIAS: bias}
+
+
+def plain_config(
+    source: TunerConfig,
+    ranks: Mapping[str, int],
+    *,
+    target_modules: list[str] | str | None = None,
+    exclude_modules: list[str] | str | None = None,
+    modules_to_save: list[str] | None = None,
+    bias: Literal["none", "all", "lora_only"] = "none",
+    lora_bias: bool = False,
+) -> LoraConfig:
+    """The config of plain factors: one rank, a pattern for every layer that has another, and alpha equal to the rank.
+
+    Args:
+        source: whose task, base model and dropout it keeps; its targets too, when none are given.
+        ranks: from the path of each layer to its rank.
+        target_modules: names that match exactly these layers.
+        exclude_modules: names to leave out of them.
+        modules_to_save: modules saved whole.
+        bias: which biases of the base come along.
+        lora_bias: whether there are biases beside B.
+    """
+    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    patterns = pattern({path: r for path, r in ranks.items() if r != common}, ranks)
+    kept = (
+        {
+            "target_modules": source.target_modules,
+            "exclude_modules": source.exclude_modules,
+            "layers_to_transform": source.layers_to_transform,
+            "layers_pattern": source.layers_pattern,
+        }
+        if target_modules is None
+        else {"target_modules": target_modules, "exclude_modules": exclude_modules}
+    )
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=dict(patterns),
+        alpha_pattern=dict(patterns),
+        modules_to_save=modules_to_save,
+        bias=bias,
+        lora_bias=lora_bias,
+        lora_dropout=source.dropout,
+        fan_in_fan_out=source.fan_in_fan_out,
+        task_type=source.task_type,
+        auto_mapping=source.auto_mapping,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=source.inference_mode,
+        **kept,
+    )
+
+
+def pattern(values: Mapping[str, int], paths: Iterable[str]) -> dict[str, int]:
+    """A rank_pattern or alpha_pattern that gives each of these layers its value and touches no other one.
+
+    Keys are read as regular expressions that a path may end in, in no order that a file would keep; so a path that
+    another one ends in is anchored.
+
+    Args:
+        values: from path to value.
+        paths: all adapted layers.
+    """
+    every = list(paths)
+    found = {}
+    for path, value in values.items():
+        expression = re.compile(rf"(.*\.)?({path})$") if _readable(path) else None
+        alone = expression is not None and [p for p in every if expression.match(p)] == [path]
+        found[path if alone else f"^{re.escape(path)}"] = value
+    return found
+
+
+def _readable(path: str) -> bool:
+    return re.fullmatch(r"[\w.\-]+", path) is not None
+
+
+def numbers(config: TunerConfig, path: str) -> tuple[int, float]:
+    """The rank and alpha that a config gives the layer of a path: the first pattern that it ends in, else its own."""
+
+    def first(patterns: Mapping[str, float], default: float) -> float:
+        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+    return int(first(config.ranks, config.r)), float(first(config.alphas, config.alpha))
+
+
+def names_for(index: ModuleIndex, paths: Iterable[str]) -> tuple[list[str], list[str] | None]:
+    """The shortest names whose modules are exactly these, as target_modules and exclude_modules.
+
+    Args:
+        index: the model's modules.
+        paths: the modules wanted.
+    """
+    wanted = set(paths)
+    shortest = set()
+    for path in wanted:
+        parts = path.split(".")
+        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        shortest.add(next((end for end in endings if wanted.issuperset(index.by_suffix[end])), path))
+    matched = {path for name in shortest for path in index.by_suffix[name]}
+    return sorted(shortest), sorted(matched - wanted) or None
