@@ -41,6 +41,7 @@ SURFACE = {
     },
     "eval": {"--data", "--model", "--adapter", "--dtype", "--task", "--max-length", "--train-on", "--batch-size"},
     "merge": {"--model", "--adapter", "--output", "--dtype"},
+    "resize": {"--r", "--energy", "--output", "--force"},
     "inspect": {"--task"} | ADAPTER_FLAGS,
     "env": set(),
 }

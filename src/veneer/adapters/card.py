@@ -53,6 +53,29 @@ def model_card(config: PeftConfig, report: MatchReport, *, bytes_on_disk: int, f
         "made with": f"veneer {version('veneer')}, torch {torch.__version__}",
         **figures,
     }
+    return _card(base, rows)
+
+
+def rewritten_card(config: PeftConfig, *, bytes_on_disk: int, figures: Mapping[str, str]) -> ModelCard:
+    """Describe an adapter that was made from other files, with no model at hand.
+
+    Args:
+        config: its config.
+        bytes_on_disk: the size of its tensors.
+        figures: what it was made from and how.
+    """
+    base = config.base_model_name_or_path or "unknown"
+    rows = {
+        "base model": base,
+        "method": str(config.peft_type),
+        **figures,
+        "size": f"{bytes_on_disk / 1e6:.2f} MB",
+        "made with": f"veneer {version('veneer')}, torch {torch.__version__}",
+    }
+    return _card(base, rows)
+
+
+def _card(base: str, rows: Mapping[str, str]) -> ModelCard:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     front = ["---", *([f"base_model: {base}"] if base != "unknown" else []), "library_name: peft", "tags:", "- lora"]
     return ModelCard(

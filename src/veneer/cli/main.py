@@ -23,6 +23,7 @@ from veneer.cli.generate import generate
 from veneer.cli.inspect import inspect_model
 from veneer.cli.merge import merge
 from veneer.cli.output import console, for_humans, quiet_libraries, write_document
+from veneer.cli.resize import resize
 from veneer.cli.train import train
 from veneer.core.errors import VeneerError, nearest
 
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "eval": evaluate,
     "merge": merge,
+    "resize": resize,
     "inspect": inspect_model,
     "env": env,
 }
