@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,12 @@ class BaseCase:
     """Makes the module, seeded by the caller."""
     inputs: Callable[[], Tensor]
     """Makes an input: floating-point features, or token ids."""
-    dense: Callable[[Tensor], Tensor]
-    """The same input as rows that multiply the weight: ids become one-hot rows."""
+    dense: Callable[[Tensor], Tensor] = lambda x: x
+    """The same input as floating-point numbers: ids become one-hot rows."""
+    plain: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    """The module's output in plain torch, from a dense input, an (O, I) weight in its place, and the bias."""
+    quantise: Callable[[nn.Module], nn.Module] = lambda module: module
+    """Applied after the module has its dtype."""
 
 
 class _ScaledEmbedding(nn.Embedding):
@@ -54,12 +59,63 @@ def _conv1d() -> nn.Module:
     return nn.Module.requires_grad_(module, True)
 
 
+_KERNEL = (3, 3, 1)
+
+
+def _conv(dimensions: int, **options: Any) -> BaseCase:
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    sizes = (5, 4, 4)[:dimensions]
+
+    def module() -> nn.Module:
+        return kind(2 * options.get("groups", 1), 3 * options.get("groups", 1), _KERNEL[:dimensions], **options)
+
+    def plain(x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
+        # In the layer's own words, so that only W is another: the padding is tested against torch in test_conv.py.
+        return module().to(x.dtype)._conv_forward(x, W_OI.view(W_OI.shape[0], 2, *_KERNEL[:dimensions]), bias)
+
+    return BaseCase(module, lambda: torch.randn(2, 2 * options.get("groups", 1), *sizes), plain=plain)
+
+
+def _four_bits(kind: str, nested: bool) -> Callable[[nn.Module], nn.Module]:
+    def quantise(plain: nn.Module) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit
+
+        dtype, bias = plain.weight.dtype, plain.bias is not None
+        module = Linear4bit(6, 5, bias, compute_dtype=dtype, compress_statistics=nested, quant_type=kind).to(dtype)
+        module.load_state_dict(plain.state_dict())
+        # So that it can be called in evaluation mode before it is adapted; see bases/bnb_4bit.py.
+        module.support_avx512bf16_for_cpu = False
+        return module.to("cpu")
+
+    return quantise
+
+
+def _eight_bits(plain: nn.Module) -> nn.Module:
+    from bitsandbytes.nn import Linear8bitLt
+
+    module = Linear8bitLt(6, 5, has_fp16_weights=False, threshold=6.0)
+    module.load_state_dict(plain.state_dict())
+    module.bias.data = module.bias.data.to(plain.bias.dtype)
+    return module.to("cpu")
+
+
 CASES: dict[str, dict[str, BaseCase]] = {
     "linear": {
-        "bias": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x),
-        "no-bias": BaseCase(lambda: nn.Linear(6, 5, bias=False), _features, lambda x: x),
+        "bias": BaseCase(lambda: nn.Linear(6, 5), _features),
+        "no-bias": BaseCase(lambda: nn.Linear(6, 5, bias=False), _features),
     },
-    "conv1d": {"bias": BaseCase(_conv1d, _features, lambda x: x)},
+    "conv": {
+        "1d": _conv(1, stride=2, padding=1),
+        "2d": _conv(2, padding=(2, 1), dilation=(2, 1), padding_mode="circular"),
+        "3d": _conv(3, padding="same", bias=False),
+        "groups": _conv(2, groups=3),
+    },
+    "bnb_4bit": {
+        "nf4": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x, quantise=_four_bits("nf4", True)),
+        "fp4": BaseCase(lambda: nn.Linear(6, 5, bias=False), _features, lambda x: x, quantise=_four_bits("fp4", False)),
+    },
+    "bnb_8bit": {"bias": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x, quantise=_eight_bits)},
+    "conv1d": {"bias": BaseCase(_conv1d, _features)},
     "embedding": {
         "plain": BaseCase(lambda: nn.Embedding(9, 5), _ids, _one_hot),
         "scaled": BaseCase(lambda: _ScaledEmbedding(9, 5), _ids, lambda x: 3.0 * _one_hot(x)),
@@ -74,6 +130,10 @@ def cases_of(base: str) -> dict[str, BaseCase]:
     return CASES[base]
 
 
-def all_cases() -> list[tuple[str, str]]:
-    """(base, case) for every base of the registry; one without an entry is kept, to fail in its tests."""
-    return [(base, case) for base in registry.names("bases") for case in CASES.get(base, {"missing": None})]
+def all_cases(exact: bool | None = None) -> list[tuple[str, str]]:
+    """(base, case) for every base of the registry; one without an entry is kept, to fail in its tests.
+
+    ``exact`` picks those that keep W as it is, or those that store it in fewer bits.
+    """
+    wanted = [base for base in registry.names("bases") if exact in (None, registry.load("bases", base).Base.exact)]
+    return [(base, case) for base in wanted for case in CASES.get(base, {"missing": None})]

@@ -137,6 +137,8 @@ def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -
     layer = adapted.layers[path]
     with torch.no_grad():
         for name in names:
+            # On meta, where it costs nothing: whether the update has a place in the weight at all.
+            layer.base.delta(*(torch.empty(s, device="meta") for s in layer.base.factor_shapes(layer.r[name])))
             merged_bias(layer, [name], _bias(layer))
             if safe and not layer.changed(layer.original.weight(), [name]).isfinite().all():
                 raise MergeError(f"Merging {name!r} into {path!r} gives values that are not finite.")

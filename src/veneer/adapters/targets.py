@@ -11,15 +11,16 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from veneer.adapters.defaults import DEFAULT_TARGETS
 from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
 from veneer.adapters.rebase import initial_specs
 from veneer.core import registry
-from veneer.core.base import WeightBase
-from veneer.core.config import PeftConfig, TunerConfig
-from veneer.core.errors import ConfigError, TargetError, listed, nearest
+from veneer.core.base import AbstractBase, WeightBase
+from veneer.core.config import LoraConfig, PeftConfig, TunerConfig
+from veneer.core.errors import ConfigError, MergeError, TargetError, listed, nearest
 from veneer.core.init import AbstractInit
 from veneer.core.records import MatchReport, PatternMatch, Role, TargetRecord
 from veneer.core.task_type import TaskType
@@ -109,6 +110,8 @@ class _Selector:
                     f"lora_dropout is {config.dropout}, but {slot.path!r}, a {type(slot.module).__name__}, has no "
                     "input of its own to drop; set lora_dropout to 0 or take that module out of target_modules."
                 )
+            if variant.options or type(config) is not LoraConfig or init.subtracts or init.moves or init.evidence:
+                _check_update(base, slot, r)
             specs = variant.parameters(base, r, config)
             if init.subtracts:
                 specs |= initial_specs(base, specs)
@@ -362,6 +365,14 @@ class _Selector:
             base_parameters=sum(self.index.parameter_sizes.values()),
             untied=self.untied([slot.path for slot in saved]),
         )
+
+
+def _check_update(base: AbstractBase, slot: Slot, r: int) -> None:
+    """Refuse what computes with the updated weight on a module that has no place for the update in it."""
+    try:
+        base.delta(*(torch.empty(shape, device="meta") for shape in base.factor_shapes(r)))
+    except MergeError as error:
+        raise ConfigError(f"{slot.path!r} can be adapted by plain LoRA only, from a plain start. {error}") from None
 
 
 _PEFT_HEADS = ("classifier", "score")
