@@ -113,8 +113,8 @@ def test_only_one_can_be_active(three: PeftModel) -> None:
 
 
 def test_deleting_gives_the_originals_back(three: PeftModel) -> None:
+    three.set_adapter("none")
     three.delete_adapter("some")
-    assert three.active_adapters == ["all"]
     three.delete_adapter("all")
     assert equal(biases(three), ORIGINAL)
     assert learning(three) == set()

@@ -476,6 +476,7 @@ def test_loading_onto_a_name_keeps_its_parameters(folder: Path) -> None:
     parameters = dict(adapted.named_parameters())
     right = {name: p.detach().clone() for name, p in parameters.items()}
     models.randomise(adapted)
+    (folder / "trainer_state.json").write_text("{}")
     adapted.load_adapter(folder, "default")
     for name, parameter in adapted.named_parameters():
         assert parameter is parameters[name]
@@ -489,6 +490,7 @@ def test_loading_onto_a_name_with_another_config_is_refused(
 ) -> None:
     config = {"r": 2, "target_modules": ["0", "1"], "modules_to_save": ["head"], **field}
     get_peft_model(small(), LoraConfig(**config)).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "trainer_state.json").write_text("{}")
     adapted = PeftModel.from_pretrained(small(), folder)
     before = snapshot(adapted)
     with pytest.raises(UsageError, match="another config"):

@@ -58,6 +58,12 @@ class BiasBank:
             return {key: self.parameter(key) for key in self.trained[name]}
         return self.trained[name]
 
+    def rename(self, old: str, new: str) -> None:
+        """Keep an adapter's biases under another name."""
+        if old in self.trained:
+            self.trained = {new if name == old else name: values for name, values in self.trained.items()}
+            self.shown = new if self.shown == old else self.shown
+
     def remove(self, name: str) -> None:
         """Forget an adapter's biases; the base's own come back when they were shown."""
         if self.shown == name:

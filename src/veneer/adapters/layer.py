@@ -144,19 +144,24 @@ class AdaptedLayer(nn.Module):
                 del held[name]
                 if not len(held):
                     del self._modules[container]
-        per_adapter: tuple[dict[str, Any], ...] = (
-            self.variants,
-            self.specs,
-            self.shared,
-            self.r,
-            self.lora_alpha,
-            self.scaling,
-            self.lora_dropout,
-        )
-        for numbers in per_adapter:
-            numbers.pop(name, None)
+        for kept in self._kept():
+            kept.pop(name, None)
         self.active_adapters = [active for active in self.active_adapters if active != name]
         self.refresh()
+
+    def rename(self, old: str, new: str) -> None:
+        """Keep an adapter under another name, at its place among the others."""
+        containers = [held for key, held in self._modules.items() if key != "base_layer"]
+        for held in (*containers, *self._kept()):
+            if isinstance(held, nn.ModuleDict | nn.ParameterDict | dict) and old in held:
+                relabel(held, old, new)
+        self.active_adapters = [new if name == old else name for name in self.active_adapters]
+        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
+        self.refresh()
+
+    def _kept(self) -> tuple[dict[str, Any], ...]:
+        """Everything about adapters beside their tensors, by name."""
+        return (self.variants, self.specs, self.shared, self.r, self.lora_alpha, self.scaling, self.lora_dropout)
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's tensors, keyed as on disk."""
@@ -266,6 +271,13 @@ class SharedTensors:
     def of(self, name: str) -> dict[str, Tensor]:
         """An adapter's tensors, keyed as on disk."""
         return {key: self.owner._modules[key]._buffers[name] for key in self.keys.get(name, ())}  # type: ignore[union-attr,misc]
+
+    def rename(self, old: str, new: str) -> None:
+        """Keep an adapter's tensors under another name."""
+        if old in self.keys:
+            for key in self.keys[old]:
+                relabel(self.owner._modules[key]._buffers, old, new)  # type: ignore[union-attr]
+            relabel(self.keys, old, new)
 
     def drop(self, name: str) -> None:
         """Forget an adapter."""

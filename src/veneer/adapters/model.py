@@ -16,7 +16,7 @@ from veneer.adapters import combine, files, lifecycle
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import lies_in
-from veneer.adapters.inject import inject
+from veneer.adapters.inject import check_name, inject
 from veneer.adapters.loading import load_into
 from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trainer, with_base
 from veneer.core.config import PeftConfig
@@ -170,10 +170,10 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         **where: Any,
     ) -> MatchReport:
-        """Load one more adapter, which is not active yet unless its name already was.
+        """Load one more adapter, which is not active yet.
 
-        Onto an existing name of the same config only the weights are replaced, in place, so that an optimiser
-        keeps its parameters; an existing name with another config is refused.
+        A name that is taken is refused. Two things are filled in place instead, so that an optimiser keeps its
+        parameters: an adapter made with ``low_cpu_mem_usage``, and one whose checkpoint transformers' Trainer loads.
 
         Args:
             model_id: an adapter folder, or a hub name when online.
@@ -189,7 +189,7 @@ class PeftModel(nn.Module):
             What the adapter is on.
 
         Raises:
-            UsageError: no such adapter, or the name is taken by another one.
+            UsageError: no such adapter, or the name is taken.
             AdapterFileError: a broken file, or one that does not fit the model, which is left as it was.
         """
         for option in [key for key in where if key in _WITHOUT_EFFECT]:
@@ -292,13 +292,45 @@ class PeftModel(nn.Module):
         """
         lifecycle.activate(self.base_model, adapter_name, trainable=not inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; when it was the only active one, the first that is left becomes active.
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the parameters of these adapters learn, or not; those of all others stay as they are.
 
         Raises:
-            UsageError: an unknown name, or the last adapter (``unload()`` gives the base model back).
+            UsageError: an unknown name.
+        """
+        lifecycle.set_requires_grad(self.base_model, adapter_names, requires_grad)
+
+    def rename_adapter(self, old_name: str, new_name: str) -> None:
+        """Give an adapter another name; its tensors stay the same objects.
+
+        Raises:
+            UsageError: no adapter of the old name, or the new one is taken or no name.
+        """
+        check_name(new_name)
+        lifecycle.rename(self.base_model, old_name, new_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter that is not active.
+
+        Raises:
+            UsageError: an unknown name, or an active adapter (``unload()`` gives the base model back).
         """
         lifecycle.delete(self.base_model, adapter_name)
+
+    @contextmanager
+    def adapter(self, *adapter_names: str) -> Iterator[None]:
+        """These adapters alone for the length of a ``with`` block; what was active, enabled and merged comes back.
+
+        >>> with model.adapter("reference"), torch.no_grad():
+        ...     logits = model(**batch).logits
+
+        Which parameters learn does not change; see ``set_requires_grad``.
+
+        Raises:
+            UsageError: see ``set_adapter``.
+        """
+        with lifecycle.using(self.base_model, adapter_names):
+            yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
