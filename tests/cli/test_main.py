@@ -40,7 +40,7 @@ SURFACE = {
         "--dtype",
     },
     "eval": {"--data", "--model", "--adapter", "--dtype", "--task", "--max-length", "--train-on", "--batch-size"},
-    "merge": {"--model", "--adapter", "--output", "--dtype"},
+    "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--force"},
     "resize": {"--r", "--energy", "--output", "--force"},
     "inspect": {"--task"} | ADAPTER_FLAGS,
     "env": set(),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from veneer import DiskError
-from veneer.core.disk import write_text, write_whole
+from veneer.core.disk import write_folder, write_text, write_whole
 
 
 def text(content: str) -> Callable[[Path], object]:
@@ -77,3 +77,47 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
 
     write_whole(tmp_path, {"private": private})
     assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    def good(folder: Path) -> int:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "a").write_text("new")
+        return 7
+
+    assert write_folder(tmp_path / "made" / "out", good) == 7
+    assert (tmp_path / "made" / "out" / "inside" / "a").read_text() == "new"
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
+def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path, error: BaseException, there: bool) -> None:
+    if there:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_text("old")
+
+    def bad(folder: Path) -> None:
+        (folder / "a").write_text("new")
+        raise error
+
+    with pytest.raises(DiskError if isinstance(error, OSError) else type(error)):
+        write_folder(tmp_path / "out", bad, replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if there else [])
+    assert not there or (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_folder_that_is_there_is_replaced_only_when_told(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(DiskError, match="File exists"):
+        write_folder(tmp_path / "out", lambda folder: (folder / "b").write_text("new"))
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    write_folder(tmp_path / "out", lambda folder: (folder / "b").write_text("new"), replace=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_reason_of_a_file_inside_is_the_folders(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"Could not write '\S*/out': No space left on device; nothing was left"):
+        write_folder(tmp_path / "out", lambda folder: write_whole(folder, {"a": full}))

@@ -79,9 +79,16 @@ def test_what_can_be_adapted() -> None:
 
 
 def test_a_merge_and_facts() -> None:
-    text = shown(tables.merge_table(MergeReport(("a", "b"), 8, "bfloat16", 0.25, 10.0), "./out"))
+    report = MergeReport(("a", "b"), 8, "bfloat16", 0.25, 10.0, True, 2_500_000_000)
+    text = shown(tables.merge_table(report, "./out"))
     assert "a, b" in text
     assert "0.025" in text
+    assert "one weight file at a time" in text
+    assert "2.5 GB" in text
+    assert "verified" not in text
+    text = shown(tables.merge_table(MergeReport(("a",), 8, "float32", None, None, False, 0), "./out"))
+    assert ["verified", "no"] in [line.split() for line in text.splitlines()]
+    assert "the whole model" in text
     facts = shown(tables.sections({"memory": {"total": 3, "free": None}, "device": {"on": True, "gpus": []}}))
     assert facts.index("memory") < facts.index("total") < facts.index("device")
     assert "yes" in facts

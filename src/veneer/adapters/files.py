@@ -133,7 +133,7 @@ def save(
     size = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
     card = model_card(config, adapted.reports[name], bytes_on_disk=size, figures=figures or {})
     writers: dict[str, Any] = {
-        WEIGHTS_NAME: lambda path: _write_tensors(_unshared(ready), path, metadata),
+        WEIGHTS_NAME: lambda path: write_tensors(_unshared(ready), path, metadata),
         CONFIG_NAME: lambda path: path.write_text(config.to_json() + "\n", encoding="utf-8"),
     }
     if card.may_replace(folder / "README.md"):
@@ -355,11 +355,16 @@ def _embeddings_in(
     return found, brought
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: with the reason, which the writer itself hides in an error of its own.
+    """
     try:
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:
-        # Its own class hides a full disk; what it says is "... I/O error: No space left on device (os error 28)".
+        # What it says is "... I/O error: No space left on device (os error 28)".
         raise OSError(str(error)) from error
 
 

@@ -146,7 +146,7 @@ def _run(
     adapter = adapter_folder(result.folder)
     reload_difference = _reloaded(name, adapter, result.model)
     say("Merging, and comparing the logits ...")
-    merge = merge_into_folder(name, [str(adapter)], output / "merged")
+    merge = merge_into_folder(name, [str(adapter)], output / "merged", verify=True)
     shown = zip(held_out[:_SHOWN], before, after, strict=True)
     return DemoReport(
         model=name,

@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
             **{name: _version(name) for name in PACKAGES},
         },
         "device": _devices(),
-        "memory": _memory(),
+        "memory": memory(),
         "caches": _caches(),
     }
 
@@ -73,7 +73,7 @@ def _devices() -> dict[str, Any]:
     }
 
 
-def _memory() -> dict[str, int | None]:
+def memory() -> dict[str, int | None]:
     """Total and available bytes where the system tells (Linux); otherwise None."""
     found: dict[str, int | None] = {"total": None, "available": None}
     meminfo = Path("/proc/meminfo")

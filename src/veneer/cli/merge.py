@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +14,19 @@ from safetensors import SafetensorError
 
 from veneer.cli.generate import adapter_names, with_adapters
 from veneer.cli.output import console
-from veneer.core.errors import DiskError, MergeError, UsageError, VeneerError
+from veneer.core.disk import write_folder
+from veneer.core.errors import MergeError, NotStreamableError, UsageError
 from veneer.core.records import MergeReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from torch import Tensor
 
     from veneer.adapters.model import PeftModel
+    from veneer.adapters.streaming import StreamingMerge
+
+_CONFIG = "config.json"
+_INPUT_CONFIGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def merge(
@@ -33,22 +36,42 @@ def merge(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the merged model; must not exist.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's own.")] = "auto",
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the outputs before and after; by default where two models fit into free memory.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier merge.")] = False,
 ) -> MergeReport:
     """Merge adapters into their base model and write it as a plain transformers model.
 
-    The written model is loaded again and its logits are compared with those of the unmerged one. If they differ
+    The base's weight files are merged one by one: memory holds one of them and the adapters, however large the
+    model is. A checkpoint that transformers converts when it loads it, or one in another format, is loaded whole.
+
+    To verify, base and merged model are loaded whole, one after the other, and their logits compared. If they differ
     by more than rounding, the merge fails and nothing is left.
 
     Example: veneer merge --model ./model --adapter ./run --output ./merged
     """
     from veneer.report.tables import merge_table
 
-    report = merge_into_folder(model, adapter, output, dtype=dtype)
+    report = merge_into_folder(model, adapter, output, dtype=dtype, verify=verify, force=force)
     console().print(merge_table(report, str(output)))
     return report
 
 
-def merge_into_folder(model: str | Path, adapters: list[str], output: Path, *, dtype: str = "auto") -> MergeReport:
+def merge_into_folder(
+    model: str | Path,
+    adapters: list[str],
+    output: Path,
+    *,
+    dtype: str = "auto",
+    verify: bool | None = None,
+    force: bool = False,
+) -> MergeReport:
     """Write the merged model with its tokenizer into a new folder, all of it or nothing.
 
     Args:
@@ -56,79 +79,215 @@ def merge_into_folder(model: str | Path, adapters: list[str], output: Path, *, d
         adapters: run or adapter folders; several add up.
         output: a folder that does not exist yet.
         dtype: the precision of the merged weights; "auto" keeps the base's.
+        verify: load both models and compare their outputs; None does where free memory holds twice the model.
+        force: replace the output when it is a model's folder.
 
     Raises:
         UsageError: the output exists, or there is no such model or adapter.
         MergeError: the merged model's logits differ from the unmerged one's by more than rounding.
         DiskError: the model could not be written.
     """
-    from veneer.adapters import files
-    from veneer.core.task_type import TaskType
-    from veneer.evaluate.equality import fixed_input, outputs
-    from veneer.tasks.loading import AUTO_CLASSES, adapter_folder, load_model
+    from veneer.tasks.loading import adapter_folder
 
-    if output.exists():
-        raise UsageError(f"The output {str(output)!r} exists already; give the name of a new folder.")
     folders = [adapter_folder(path) for path in adapters]
-    names = adapter_names(adapters)
-    task = TaskType(files.read(folders[0]).config.task_type or TaskType.CAUSAL_LM)
-    base = load_model(model, auto_class=AUTO_CLASSES[task], dtype=dtype)
-    model_class, precision = type(base), base.dtype
-    adapted = with_adapters(base, folders, names)
-    adapted.set_adapter(names, inference_mode=True)
-    given = fixed_input(base)
-    expected, effect = _before(adapted, given)
+    _check_output(output, [Path(model).expanduser(), *folders], force=force)
+    job = _Job(model, folders, adapter_names(adapters), dtype)
+    streaming = job.streaming()
+    if streaming is not None and verify is None:
+        verify = _fits(streaming)
+    report = _streamed(job, streaming, output, verify=bool(verify), force=force) if streaming else None
+    return report or _in_memory(job, output, verify=verify is not False, force=force)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be merged into what."""
+
+    model: str | Path
+    folders: list[Path]
+    names: list[str]
+    dtype: str
+
+    @property
+    def auto_class(self) -> str:
+        """The transformers class for the task that the adapters are for."""
+        from veneer.adapters import files
+        from veneer.core.task_type import TaskType
+        from veneer.tasks.loading import AUTO_CLASSES
+
+        return AUTO_CLASSES[TaskType(files.read(self.folders[0]).config.task_type or TaskType.CAUSAL_LM)]
+
+    def streaming(self) -> StreamingMerge | None:
+        """The merge of this checkpoint file by file; None, and a note, when it cannot go so."""
+        from veneer.adapters import files
+        from veneer.adapters.streaming import StreamingMerge
+        from veneer.tasks.shards import shards, skeleton, weight_files
+
+        adapters = {name: files.read(folder) for name, folder in zip(self.names, self.folders, strict=True)}
+        try:
+            empty = skeleton(self.model, auto_class=self.auto_class, dtype=self.dtype)
+            return StreamingMerge(empty, adapters, shards(empty, weight_files(self.model)))
+        except NotStreamableError as error:
+            warnings.warn(f"{error} The whole model is loaded instead.", stacklevel=2)
+            return None
+
+    def adapted(self) -> PeftModel:
+        """The base in memory with its adapters, all active."""
+        from veneer.tasks.loading import load_model
+
+        base = load_model(self.model, auto_class=self.auto_class, dtype=self.dtype)
+        adapted = with_adapters(base, self.folders, self.names)
+        adapted.set_adapter(self.names, inference_mode=True)
+        return adapted
+
+    def copy_beside(self, folder: Path) -> None:
+        """What else a model's folder holds: the tokenizer and how to prepare images and sound."""
+        from veneer.tasks.loading import model_folder
+
+        _copy_tokenizer([*self.folders, Path(self.model).expanduser()], self.model, folder)
+        for name in _INPUT_CONFIGS:
+            if (model_folder(self.model) / name).is_file():
+                shutil.copyfile(model_folder(self.model) / name, folder / name)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The unmerged model's outputs, to compare the merged one's with."""
+
+    model_class: Any
+    given: dict[str, Tensor]
+    outputs: Tensor
+    effect: float
+    """How much of the outputs is the adapters' doing."""
+
+    @classmethod
+    def of(cls, adapted: PeftModel) -> _Expected:
+        from veneer.evaluate.equality import fixed_input, outputs
+
+        base = adapted.get_base_model()
+        given = fixed_input(base)
+        expected = outputs(adapted, given)
+        with adapted.disable_adapter():
+            effect = (expected - outputs(adapted, given)).abs().max().item()
+        return cls(type(base), given, expected, effect)
+
+    def compared(self, folder: Path, precision: torch.dtype, output: Path) -> tuple[float, float]:
+        """The largest difference of an output of the model in a folder, and the largest output.
+
+        Raises:
+            MergeError: the difference is more than rounding.
+        """
+        from veneer.evaluate.equality import difference, outputs
+
+        found = outputs(self.model_class.from_pretrained(folder, dtype=precision), self.given)
+        compared = difference(self.outputs, found, precision)
+        if not compared.equal:
+            raise MergeError(
+                f"The merged model's logits differ from the unmerged one's by up to {compared.largest:.3g} of "
+                f"{compared.scale:.3g}, more than rounding in {_name(precision)} explains ({compared.bound:.3g}); "
+                f"{str(output)!r} was not written."
+            )
+        if compared.largest > self.effect / 2:
+            warnings.warn(
+                f"In {_name(precision)}, rounding ({compared.largest:.3g}) hides half or more of what the adapter "
+                f"changes ({self.effect:.3g}); merge with --dtype float32 to keep it.",
+                stacklevel=2,
+            )
+        return compared.largest, compared.scale
+
+
+def _streamed(job: _Job, streaming: StreamingMerge, output: Path, *, verify: bool, force: bool) -> MergeReport:
+    from veneer.tasks.shards import save_configs
+
+    expected = None
+    if verify:
+        with warnings.catch_warnings():
+            # What there is to say about this model and its adapters was said when the merge was prepared.
+            warnings.simplefilter("ignore")
+            expected = _Expected.of(job.adapted())
+        gc.collect()
+    skeleton: Any = streaming.adapted.model
+
+    def write(folder: Path) -> MergeReport:
+        streaming.write(folder)
+        save_configs(skeleton, folder)
+        job.copy_beside(folder)
+        layers = len(streaming.adapted.layers)
+        return _report(job, layers, skeleton.dtype, expected, folder, output, streamed=True)
+
+    return write_folder(output, write, replace=force)
+
+
+def _in_memory(job: _Job, output: Path, *, verify: bool, force: bool) -> MergeReport:
+    adapted = job.adapted()
+    expected = _Expected.of(adapted) if verify else None
     layers = sum(1 for layer in adapted.base_model.layers.values() if layer.active_adapters)
     # Held in one place only, so that writing can let go of it: two copies of a large model may not fit.
     merged: list[Any] = [adapted.merge_and_unload(safe_merge=True)]
-    del base, adapted
+    precision = merged[0].dtype
+    del adapted
 
-    def write(folder: Path) -> None:
-        merged.pop().save_pretrained(folder)
+    def write(folder: Path) -> MergeReport:
+        try:
+            merged.pop().save_pretrained(folder)
+        except SafetensorError as error:
+            # Its own class hides a full disk.
+            raise OSError(str(error)) from error
         gc.collect()
-        _copy_tokenizer([*folders, Path(model).expanduser()], model, folder)
+        job.copy_beside(folder)
+        return _report(job, layers, precision, expected, folder, output, streamed=False)
 
-    def check(folder: Path) -> MergeReport:
-        found = outputs(model_class.from_pretrained(folder, dtype=precision), given)
-        largest, scale = _compared(expected, found, precision, effect, output)
-        return MergeReport(tuple(names), layers, _name(precision), largest, scale)
-
-    return _into_place(output, write, check)
+    return write_folder(output, write, replace=force)
 
 
-def _before(adapted: PeftModel, given: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """The unmerged outputs, and how much of them is the adapters' doing."""
-    from veneer.evaluate.equality import outputs
+def _report(
+    job: _Job,
+    layers: int,
+    precision: torch.dtype,
+    expected: _Expected | None,
+    folder: Path,
+    output: Path,
+    *,
+    streamed: bool,
+) -> MergeReport:
+    from veneer.train.log import peak_memory
 
-    expected = outputs(adapted, given)
-    with adapted.disable_adapter():
-        return expected, (expected - outputs(adapted, given)).abs().max().item()
+    largest, scale = (None, None) if expected is None else expected.compared(folder, precision, output)
+    return MergeReport(tuple(job.names), layers, _name(precision), largest, scale, streamed, peak_memory())
 
 
-def _compared(
-    expected: Tensor, found: Tensor, precision: torch.dtype, effect: float, output: Path
-) -> tuple[float, float]:
-    """The largest difference of an output and the largest output.
+def _check_output(output: Path, given: list[Path], *, force: bool) -> None:
+    """Refuse an output that exists, unless it may be replaced.
 
     Raises:
-        MergeError: the difference is more than rounding.
+        UsageError: it exists and ``force`` is not given, or it is no model's folder, or it holds what is merged.
     """
-    from veneer.evaluate.equality import difference
+    if not output.exists():
+        return
+    if not force:
+        raise UsageError(f"The output {str(output)!r} exists already; name another folder, or use --force.")
+    inside = [path for path in given if path.exists() and path.resolve().is_relative_to(output.resolve())]
+    if inside:
+        raise UsageError(f"The output {str(output)!r} holds {str(inside[0])!r}, which is to be merged; name another.")
+    if not (output / _CONFIG).is_file():
+        raise UsageError(f"The output {str(output)!r} is no model's folder, so --force leaves it; name another.")
 
-    compared = difference(expected, found, precision)
-    if not compared.equal:
-        raise MergeError(
-            f"The merged model's logits differ from the unmerged one's by up to {compared.largest:.3g} of "
-            f"{compared.scale:.3g}, more than rounding in {_name(precision)} explains ({compared.bound:.3g}); "
-            f"{str(output)!r} was not written."
-        )
-    if compared.largest > effect / 2:
-        warnings.warn(
-            f"In {_name(precision)}, rounding ({compared.largest:.3g}) hides half or more of what the adapter "
-            f"changes ({effect:.3g}); merge with --dtype float32 to keep it.",
-            stacklevel=2,
-        )
-    return compared.largest, compared.scale
+
+def _fits(streaming: StreamingMerge) -> bool:
+    """Whether free memory holds the model twice: once for itself, once for all that running it takes."""
+    from veneer.cli.env import memory
+
+    available = memory()["available"]
+    model = streaming.adapted.model
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if available is None or 2 * size <= available:
+        return True
+    warnings.warn(
+        f"Not verified: the model has {size / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free; "
+        "--verify compares the outputs all the same.",
+        stacklevel=2,
+    )
+    return False
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -144,21 +303,3 @@ def _copy_tokenizer(candidates: list[Path], model: str | Path, folder: Path) -> 
         load_tokenizer(source).save_pretrained(folder)
     except UsageError as error:
         warnings.warn(f"The merged model has no tokenizer: {error}", stacklevel=2)
-
-
-def _into_place(output: Path, write: Callable[[Path], None], check: Callable[[Path], MergeReport]) -> MergeReport:
-    """Write beside, check, then rename: a folder of the output's name is always complete."""
-    beside = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    try:
-        beside.mkdir(parents=True)
-        write(beside)
-        report = check(beside)
-        beside.rename(output)
-    except VeneerError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DiskError(f"Could not write {str(output)!r}: {reason}; nothing was left.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return report

@@ -31,6 +31,13 @@ class TargetError(ConfigError):
     """A pattern that matches nothing, or a module that cannot be adapted."""
 
 
+class NotStreamableError(UsageError):
+    """A merge that needs the whole model in memory, for the given reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"This merge cannot go file by file: {reason}.")
+
+
 class AdapterFileError(VeneerError, ValueError):
     """An adapter folder that is broken, incomplete, unsafe, or made for another model."""
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Role = Literal["target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"]
+Role = Literal[
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "trainable_token_indices",
+    "rank_pattern",
+    "alpha_pattern",
+]
 
 
 @dataclass(frozen=True)
@@ -56,16 +63,22 @@ class MatchReport:
     """Parameters of the base model, each counted once."""
     untied: int = 0
     """Parameters that the model in use has more of, because modules saved whole no longer share theirs."""
+    rows: tuple[tuple[str, int], ...] = ()
+    """Tables of which single rows are trained, each with the number of parameters in these rows."""
 
     @property
     def trainable(self) -> int:
         """Parameters that learn."""
-        return sum(t.parameters for t in self.targets) + sum(n for _, n in self.saved) + self.biases
+        return self._added + sum(n for _, n in self.saved) + self.biases
 
     @property
     def total(self) -> int:
         """Parameters of the adapted model in use."""
-        return self.base_parameters + self.untied + sum(t.parameters for t in self.targets)
+        return self.base_parameters + self.untied + self._added
+
+    @property
+    def _added(self) -> int:
+        return sum(t.parameters for t in self.targets) + sum(n for _, n in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, the two sums included."""
@@ -82,10 +95,14 @@ class MergeReport:
     """How many layers got a new weight."""
     dtype: str
     """The dtype of the merged weights."""
-    max_logit_difference: float
-    """The largest absolute difference of an output."""
-    logit_scale: float
-    """The largest absolute output, to judge the difference by."""
+    max_logit_difference: float | None
+    """The largest absolute difference of an output; None when the outputs were not compared."""
+    logit_scale: float | None
+    """The largest absolute output, to judge the difference by; None when the outputs were not compared."""
+    streamed: bool
+    """Whether the weights were merged file by file, instead of in one loaded model."""
+    peak_memory: int
+    """The most memory held, in bytes, loading the two models to compare included."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def fixed_input(model: nn.Module) -> dict[str, Tensor]:
         return {name: torch.linspace(-1, 1, math.prod(shape), device=device).reshape(shape).to(_dtype(model))}
     raise UsageError(
         f"{type(model).__name__} takes {name}, for which there is no fixed input to compare two models on; "
-        "merge it in Python with merge_and_unload()."
+        "merge it without the comparison (--no-verify)."
     )
 
 

@@ -128,19 +128,18 @@ def norm_table(layers: Sequence[LayerNorms]) -> Table:
 
 
 def merge_table(report: MergeReport, output: str) -> Table:
-    """How a merged model compares with the unmerged one."""
-    share = report.max_logit_difference / report.logit_scale if report.logit_scale else 0.0
-    return facts(
-        {
-            "merged": ", ".join(report.adapters),
-            "layers": report.layers,
-            "dtype": report.dtype,
-            "largest difference of a logit": f"{report.max_logit_difference:.3g}",
-            "largest logit": f"{report.logit_scale:.3g}",
-            "relative": f"{share:.2g}",
-            "written to": output,
-        }
-    )
+    """What was merged, and how its outputs compare with the unmerged ones."""
+    rows: dict[str, Any] = {"merged": ", ".join(report.adapters), "layers": report.layers, "dtype": report.dtype}
+    if report.max_logit_difference is None or report.logit_scale is None:
+        rows["verified"] = False
+    else:
+        rows["largest difference of a logit"] = f"{report.max_logit_difference:.3g}"
+        rows["largest logit"] = f"{report.logit_scale:.3g}"
+        share = report.max_logit_difference / report.logit_scale if report.logit_scale else 0.0
+        rows["relative"] = f"{share:.2g}"
+    rows["held in memory"] = "one weight file at a time" if report.streamed else "the whole model"
+    rows["most memory"] = megabytes(report.peak_memory)
+    return facts({**rows, "written to": output})
 
 
 def side_by_side(answers: Mapping[str, str], *, prompt: str | None = None) -> RenderableType:

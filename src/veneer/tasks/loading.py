@@ -86,6 +86,23 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, **_SAFE)
 
 
+def model_folder(name_or_path: str | Path) -> Path:
+    """The folder that a model's files are in: its own, or its place in the hub's cache.
+
+    Raises:
+        UsageError: no such model, or one of the hub that is not in the cache.
+    """
+    source = _source(name_or_path)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, _MODEL_CONFIG)
+    if not isinstance(cached, str):
+        raise UsageError(f"{source!r} is not in the hub's cache; load it once, or give a folder.")
+    return Path(cached).parent
+
+
 def empty_model(name_or_path: str | Path, *, auto_class: str | None = None) -> PreTrainedModel:
     """A model's modules on the meta device: shapes without weights, so that any size fits into memory.
 

@@ -1,0 +1,244 @@
+"""Merge adapters into a checkpoint file by file, so that the tensors of one file are all that memory holds.
+
+The model is on the meta device: modules, shapes and dtypes without values. Each tensor of a file is lent to the module
+that it belongs to and merged there by the code that merges a loaded model, so the result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.files import AdapterFiles, Fitted, fit, same_values, warn_of_other_base, write_tensors
+from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.lifecycle import activate
+from veneer.adapters.loading import place, warn_of_own
+from veneer.adapters.merge import mark_untied, merged_bias, untied_by
+from veneer.core import registry
+from veneer.core.config import TunerConfig
+from veneer.core.disk import write_text, write_whole
+from veneer.core.errors import MergeError, NotStreamableError, UsageError, listed
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of a checkpoint."""
+
+    path: Path
+    """A safetensors file."""
+    names: Mapping[str, str]
+    """From the key of a tensor to the name of its parameter; what is not in it stays out of the merged model."""
+
+
+@final
+class StreamingMerge:
+    """Adapters fitted to a model without values, ready to be merged into its files.
+
+    >>> StreamingMerge(model, {"default": files.read("./adapter")}, shards).write(Path("./merged"))
+
+    Args:
+        model: the base model with all parameters on the meta device, in the dtypes to write.
+        adapters: by name; several add up.
+        shards: the base model's files.
+
+    Raises:
+        NotStreamableError: the merge needs values that are not all in one file; the message says which.
+        AdapterFileError: an adapter does not fit the model.
+        MergeError, UsageError: adapters that cannot be merged, or not together.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Mapping[str, AdapterFiles], shards: Sequence[Shard]) -> None:
+        self.shards = [shard for shard in shards if shard.names]
+        self.places = _places(model)
+        self.tied = _tied(self.places)
+        self.adapted = AdaptedModel(model)
+        self.names = list(adapters)
+        self.fitted: dict[str, Fitted] = {}
+        for name, files in adapters.items():
+            _refuse_start(name, files)
+            self.fitted[name] = fit(self.adapted, files)
+            place(self.adapted, name, self.fitted[name], trainable=False, autocast_adapter_dtype=True)
+        activate(self.adapted, self.names, trainable=False)
+        self.unties = untied_by(self.adapted, self.names) is not None
+        self.layers: dict[tuple[nn.Module, str], AdaptedLayer] = {}
+        for layer in self.adapted.layers.values():
+            self.layers |= {(layer.base_layer, leaf): layer for leaf in (layer.leaf, layer.base.bias_name()) if leaf}
+        self.whole = {
+            f"{path}.{key}": tensor
+            for fitted in self.fitted.values()
+            for path, keyed in fitted.whole.items()
+            for key, tensor in keyed.items()
+        }
+        self._check_complete()
+        for name, files in adapters.items():
+            warn_of_other_base(self.adapted, files, self.fitted[name], read=self._read)
+
+    def write(self, folder: Path) -> None:
+        """Write the merged files and their index into a folder; the model's config then says whether it is untied.
+
+        Raises:
+            DiskError: a file could not be written.
+            MergeError: a merged tensor has values that are not finite.
+        """
+        weight_map: dict[str, str] = {}
+        size = count = 0
+        for number, shard in enumerate(self.shards):
+            metadata, tensors = self._merged(shard, last=number == len(self.shards) - 1)
+            _write(folder / shard.path.name, tensors, metadata)
+            weight_map.update(dict.fromkeys(tensors, shard.path.name))
+            size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            count += sum(tensor.numel() for tensor in tensors.values())
+            del tensors
+        if len(self.shards) > 1:
+            totals = {"total_parameters": count, "total_size": size}
+            text = json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True)
+            write_text(folder / INDEX_NAME, text + "\n")
+        if self.unties:
+            mark_untied(self.adapted.model)
+
+    def _read(self, name: str) -> Tensor:
+        """A parameter of the base, as it is in its file."""
+        names = self.tied.get(name, (name,))
+        path, key = next((s.path, key) for s in self.shards for key, there in s.names.items() if there in names)
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def _merged(self, shard: Shard, *, last: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """The tensors of one merged file by name, and what its header says."""
+        found: dict[str, Tensor] = {}
+        with _opened(shard.path) as file, torch.no_grad():
+            for key, name in shard.names.items():
+                W = self._dressed(name, file.get_tensor(key))
+                for same in self.tied.get(name, (name,)) if self.unties else (name,):
+                    found[same] = self._final(same, W)
+            metadata = {"format": "pt", **(file.metadata() or {})}
+        for name in self.added if last else ():
+            found[name] = self._final(name, torch.empty(0))
+        return metadata, {name: tensor.contiguous() for name, tensor in found.items()}
+
+    def _dressed(self, name: str, W: Tensor) -> Tensor:
+        """A tensor of the base as the adapters expect it: in the model's dtype, or the one that they bring along."""
+        module, leaf = self.places[name]
+        dtype = _held(module)[leaf].dtype
+        W = W.to(dtype)
+        for fitted in self.fitted.values():
+            own = [key for key in fitted.embeddings if key in self.tied.get(name, (name,))]
+            other = [key for key in own if not same_values(fitted.embeddings[key], W)]
+            for key in other:
+                warn_of_own(key)
+                W = fitted.embeddings[key].to(dtype)
+            W = fitted.biases[name].to(dtype) if name in fitted.biases else W
+        return W
+
+    def _final(self, name: str, W: Tensor) -> Tensor:
+        """A parameter of the merged model, made from that of the base."""
+        module, leaf = self.places[name]
+        if name in self.whole:
+            return self.whole[name].to(_held(module)[leaf].dtype)
+        layer = self.layers.get((module, leaf))
+        if layer is None:
+            return W
+        here = [adapter for adapter in self.names if adapter in layer.specs]
+        if leaf != layer.leaf:
+            merged = merged_bias(layer, here, W)
+            assert merged is not None
+        else:
+            merged = self._merged_weight(layer, here, W)
+        if not merged.isfinite().all():
+            raise MergeError(f"Merging {listed(here)} into {name!r} gives values that are not finite.")
+        return merged
+
+    def _merged_weight(self, layer: AdaptedLayer, names: Sequence[str], W: Tensor) -> Tensor:
+        parameters = layer.base_layer._parameters
+        empty = parameters[layer.leaf]
+        try:
+            # A copy: a tensor that lies in the mapped file is not aligned, and sums over it may round otherwise.
+            parameters[layer.leaf] = nn.Parameter(W.clone(), requires_grad=False)
+            layer.base.replace(layer.changed(layer.original.weight(), names))
+            merged = parameters[layer.leaf]
+            assert merged is not None
+            return merged.detach()
+        finally:
+            parameters[layer.leaf] = empty
+
+    def _check_complete(self) -> None:
+        """Every parameter must come from one place, or it would be missing from the merged model."""
+        stored = {name for shard in self.shards for name in shard.names.values()}
+        held = set(stored)
+        for group in self.tied.values():
+            there = sorted(stored.intersection(group))
+            if len(there) > 1:
+                raise NotStreamableError(f"the files hold {listed(there)}, which are one parameter of the model")
+            if there:
+                held.update(group)
+        missing = sorted(self.places.keys() - held - self.whole.keys())
+        if missing:
+            raise NotStreamableError(f"the files hold no {listed(missing, most=3)}")
+        empty = sorted(path for path, layer in self.adapted.layers.items() if _without_values(layer, self.names))
+        if empty:
+            raise NotStreamableError(f"the adapter's tensors on {listed(empty, most=3)} are made from the base's")
+        for layer in self.adapted.layers.values():
+            leaf = layer.base.bias_name()
+            if leaf is None or layer.base_layer._parameters[leaf] is None:
+                merged_bias(layer, [name for name in self.names if name in layer.specs], None)
+        self.added = [name for name in self.places if name in self.whole and name not in held]
+
+
+def _refuse_start(name: str, files: AdapterFiles) -> None:
+    assert isinstance(files.config, TunerConfig)
+    if registry.load("inits", files.config.init).Init.moves:
+        raise NotStreamableError(f"the adapter {name!r} stands on a weight that is made from the base's")
+
+
+def _without_values(layer: AdaptedLayer, names: Sequence[str]) -> bool:
+    return any(tensor.is_meta for name in names if name in layer.specs for tensor in layer.given(name).values())
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Everything in the model's state dict by name, tied parameters under each of their names."""
+    return {
+        f"{path}.{leaf}" if path else leaf: (module, leaf)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for leaf in _held(module)
+    }
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and the buffers that are saved with it."""
+    buffers = {leaf: b for leaf, b in module._buffers.items() if leaf not in module._non_persistent_buffers_set}
+    return {leaf: tensor for leaf, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
+
+
+def _tied(places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, tuple[str, ...]]:
+    """From the name of a shared parameter to all its names, its own first."""
+    groups: dict[int, list[str]] = {}
+    for name, (module, leaf) in places.items():
+        groups.setdefault(id(_held(module)[leaf]), []).append(name)
+    return {
+        name: (name, *(other for other in group if other != name))
+        for group in groups.values()
+        if len(group) > 1
+        for name in group
+    }
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{str(path)!r} is not a complete safetensors file: {error}.") from None
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    write_whole(path.parent, {path.name: lambda beside: write_tensors(tensors, beside, metadata)})
