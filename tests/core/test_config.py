@@ -52,7 +52,6 @@ REFUSED = {
     "runtime_config": {"ephemeral_gpu_offload": True},
     "megatron_config": {"a": 1},
     "megatron_core": "other",
-    "trainable_token_indices": [1],
     "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 2},
     "corda_config": {"a": 1},
@@ -137,6 +136,9 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("task_type", "CAUSAL_LM", TaskType.CAUSAL_LM),
     ("task_type", peft.TaskType.QUESTION_ANS, TaskType.QUESTION_ANSWERING),
     ("layers_pattern", None, None),
+    ("trainable_token_indices", None, None),
+    ("trainable_token_indices", [7, 3], [7, 3]),
+    ("trainable_token_indices", {"embed_tokens": [3]}, {"embed_tokens": [3]}),
 ]
 
 

@@ -15,6 +15,7 @@ from veneer.adapters.biases import BiasBank
 from veneer.adapters.index import ModuleIndex
 from veneer.adapters.layer import AdaptedLayer, SharedTensors
 from veneer.adapters.saved import ModulesToSaveWrapper
+from veneer.adapters.tokens import TokenBank
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed, nearest
 from veneer.core.records import MatchReport
@@ -32,6 +33,7 @@ class AdaptedModel(nn.Module):
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, ModulesToSaveWrapper] = {}
         self.biases = BiasBank()
+        self.tokens = TokenBank()
         self.peft_config: dict[str, PeftConfig] = {}
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
@@ -85,6 +87,8 @@ class AdaptedModel(nn.Module):
     def original(self, parameter: str) -> nn.Parameter:
         """A parameter of the base by its name in the untouched model; a merged layer's is the one before."""
         path, _, leaf = parameter.rpartition(".")
+        if path in self.tokens.unmerged and leaf == "weight":
+            return self.tokens.unmerged[path]
         layer = self.layers.get(path)
         if layer is not None and layer.unmerged is not None and leaf in layer.unmerged:
             kept = layer.unmerged[leaf]

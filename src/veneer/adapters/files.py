@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.card import model_card
 from veneer.adapters.fingerprint import differs, fingerprint
 from veneer.adapters.targets import Selection, select
+from veneer.adapters.tokens import KEY as ROWS
 from veneer.core.config import PeftConfig, read_json
 from veneer.core.disk import write_whole
 from veneer.core.errors import AdapterFileError, BaseMismatchWarning, TargetError, UsageError, listed, nearest
@@ -79,6 +80,8 @@ def adapter_state(
     for path, wrapper in adapted.saved_of(name).items():
         for key, tensor in wrapper.modules_to_save[name].state_dict().items():
             own[f"{path}.{key}"] = (f"{path}.modules_to_save.{name}.{key}", tensor)
+    for path, rows in adapted.tokens.of(name).items():
+        own[f"{path}.{ROWS}"] = (f"{path}.{ROWS}.{name}", rows)
     if name in adapted.biases.trained:
         shown = adapted.biases.shown == name
         for key, value in adapted.biases.values(name).items():
@@ -123,11 +126,12 @@ def save(
     """
     config = adapted.peft_config[name]
     tensors = adapter_state(adapted, name, state_dict=state_dict)
-    embeddings = _embeddings_to_save(adapted, config, save_embedding_layers)
+    embeddings = _embeddings_to_save(adapted, name, save_embedding_layers)
     for path, weight in embeddings.items():
         inner = "base_layer." if path in adapted.layers else ""
+        inner = "token_adapter.base_layer." if path in adapted.tokens.wrappers else inner
         tensors[f"{PREFIX}{path}.{inner}weight"] = weight.detach()
-    brought = [*adapted.saved_of(name), *embeddings]
+    brought = [*adapted.saved_of(name), *embeddings, *adapted.tokens.covered(name)]
     metadata = {"format": "pt", _FINGERPRINT: fingerprint(adapted, brought)}
     ready = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
@@ -223,6 +227,11 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         path, _, leaf = bias.rpartition(".")
         key = f"{path}.base_layer.{leaf}" if path in targeted else bias
         biases[bias] = take(key, tuple(adapted.original(bias).shape))
+    rows = [replace(each, values=take(f"{each.slot.path}.{ROWS}", each.shape)) for each in selection.tokens]
+    for path in (path for each in rows for path in each.paths):
+        # PEFT writes the rows again for a tied head when it writes whole embeddings.
+        left.pop(f"{PREFIX}{path}.{ROWS}", None)
+    selection = replace(selection, tokens=tuple(rows))
     embeddings, brought = _embeddings_in(adapted, left, problems)
     for path in whole:
         # PEFT's bias="all" writes the biases of a module saved whole three times; only one of them is used.
@@ -254,7 +263,8 @@ def warn_of_other_base(
     saved = files.metadata.get(_FINGERPRINT)
     if saved is None:
         return
-    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *fitted.brought], read=read))
+    rows = [path for each in fitted.selection.tokens for path in each.paths]
+    clause = differs(saved, fingerprint(adapted, [*fitted.whole, *fitted.brought, *rows], read=read))
     if clause is not None:
         warnings.warn(
             f"This adapter was trained on another base model: {clause} from those of "
@@ -280,28 +290,36 @@ def _embedding_paths(adapted: AdaptedModel) -> list[str]:
 
 
 def _embeddings_to_save(
-    adapted: AdaptedModel, config: PeftConfig, wanted: bool | Literal["auto"]
+    adapted: AdaptedModel, name: str, wanted: bool | Literal["auto"]
 ) -> dict[str, nn.Parameter]:
-    if wanted == "auto":
-        wanted = _vocabulary_changed(adapted, config)
-        if wanted:
-            warnings.warn(
-                "The vocabulary was resized, so the embeddings are saved with the adapter; "
-                "pass save_embedding_layers=False to leave them out.",
-                stacklevel=4,
-            )
     if not wanted:
         return {}
-    paths = [path for path in _embedding_paths(adapted) if path not in adapted.saved]
-    return {path: adapted.original(f"{path}.weight") for path in paths}
+    found = {
+        path: adapted.original(f"{path}.weight") for path in _embedding_paths(adapted) if path not in adapted.saved
+    }
+    if wanted == "auto":
+        before = _earlier_vocabulary(adapted, adapted.peft_config[name])
+        if before is None:
+            return {}
+        # A table of which every new row is trained needs nothing but these rows.
+        rows = adapted.tokens.covered(name)
+        new = {path: range(min(before, len(table) - 1), len(table)) for path, table in found.items()}
+        found = {path: table for path, table in found.items() if not rows.get(path, frozenset()).issuperset(new[path])}
+    if found and wanted == "auto":
+        warnings.warn(
+            f"The vocabulary was resized, so {listed(found)} is saved whole with the adapter; pass "
+            "save_embedding_layers=False to leave it out, or train its new rows alone with trainable_token_indices.",
+            stacklevel=4,
+        )
+    return found
 
 
-def _vocabulary_changed(adapted: AdaptedModel, config: PeftConfig) -> bool:
-    """Whether the model's vocabulary is not that of its checkpoint, as far as local files can tell."""
+def _earlier_vocabulary(adapted: AdaptedModel, config: PeftConfig) -> int | None:
+    """The size of the vocabulary in the model's checkpoint when it is another, as far as local files can tell."""
     now = getattr(getattr(adapted.model, "config", None), "vocab_size", None)
     name = config.base_model_name_or_path
     if now is None or not name:
-        return False
+        return None
     if Path(name).is_dir():
         path = Path(name) / "config.json"
     else:
@@ -311,14 +329,14 @@ def _vocabulary_changed(adapted: AdaptedModel, config: PeftConfig) -> bool:
         try:
             cached = try_to_load_from_cache(name, "config.json")
         except HFValidationError:
-            return False
+            return None
         if not isinstance(cached, str):
-            return False
+            return None
         path = Path(cached)
     if not path.is_file():
-        return False
+        return None
     before = read_json(path).get("vocab_size")
-    return before is not None and before != now
+    return before if isinstance(before, int) and before != now else None
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
@@ -339,7 +357,8 @@ def _embeddings_in(
     found: dict[str, Tensor] = {}
     brought: list[str] = []
     for path in _embedding_paths(adapted):
-        for key in (f"{PREFIX}{path}.base_layer.weight", f"{PREFIX}{path}.weight"):
+        for inner in ("base_layer.", "token_adapter.base_layer.", ""):
+            key = f"{PREFIX}{path}.{inner}weight"
             if key not in left:
                 continue
             tensor = left.pop(key)

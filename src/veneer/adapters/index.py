@@ -92,6 +92,20 @@ class ModuleIndex:
             return None
         return next((slot.path for slot in self.slots.values() if slot.module is found), None)
 
+    def untied(self, saved: list[str]) -> int:
+        """How many parameters a model has more of in which these modules, saved whole, are copies of their own."""
+        inside = [slot for slot in self.slots.values() if lies_in(slot.path, saved)]
+        copied, replaced = 0, {}
+        for slot in inside:
+            shared_outside = any(not lies_in(other, saved) for other in self.tied.get(slot.path, ()))
+            for parameter in slot.module._parameters.values():
+                if parameter is None:
+                    continue
+                copied += parameter.numel()
+                if not shared_outside:
+                    replaced[id(parameter)] = parameter.numel()
+        return copied - sum(replaced.values())
+
     @cached_property
     def by_suffix(self) -> dict[str, tuple[str, ...]]:
         """From every dotted ending of a path ("q_proj", "self_attn.q_proj", ...) to the paths that have it."""

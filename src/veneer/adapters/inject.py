@@ -76,14 +76,22 @@ def inject(
         for target in selection.targets
     }
     copies = {slot.path: _copy(slot.module) for slot in selection.saved}
+    rows = adapted.tokens.fresh(selection.tokens, _whole(adapted, selection), autocast_adapter_dtype, device)
     if shared is None:
         shared = selection.variant.shared([view(t.slot).shape() for t in selection.targets], selection.config)
     try:
+        adapted.tokens.add(name, selection.tokens, rows)
         _commit(adapted, name, selection, fresh, layers, copies, shared)
     except BaseException:
         remove(adapted, name)
         raise
     return selection
+
+
+def _whole(adapted: AdaptedModel, selection: Selection) -> list[str]:
+    """The modules that adapters change as a whole, this one and those that are there."""
+    mine = [*(target.slot for target in selection.targets), *selection.saved]
+    return [*adapted.layers, *adapted.saved, *(slot.path for slot in mine)]
 
 
 def check_name(name: str) -> None:

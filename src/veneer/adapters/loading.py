@@ -52,6 +52,7 @@ def place(
         _check_same(adapted, name, fitted)
         for layer in adapted.layers_of(name).values():
             layer.materialise(name)
+        adapted.tokens.materialise(name)
     else:
         config = replace(fitted.selection.config, inference_mode=not trainable)
         inject(
@@ -81,6 +82,8 @@ def _pairs(adapted: AdaptedModel, name: str, fitted: Fitted, *, factors: bool) -
         for path, keyed in fitted.factors.items():
             tensors = adapted.layers[path].tensors(name)
             yield from ((tensors[key], loaded) for key, loaded in keyed.items())
+        rows = adapted.tokens.of(name)
+        yield from ((rows[e.slot.path], e.values) for e in fitted.selection.tokens if e.values is not None)
     for path, keyed in fitted.whole.items():
         state = adapted.saved[path].modules_to_save[name].state_dict()
         yield from ((state[key], loaded) for key, loaded in keyed.items())
@@ -102,6 +105,8 @@ def _check_same(adapted: AdaptedModel, name: str, fitted: Fitted) -> None:
     same_rest = set(fitted.whole) == set(adapted.saved_of(name)) and set(fitted.biases) == set(
         adapted.biases.trained.get(name, ())
     )
+    rows = {each.slot.path: each.indices for each in fitted.selection.tokens}
+    same_rest &= rows == {path: each.indices for path, each in adapted.tokens.rows.get(name, {}).items()}
     if have != new or not same_rest:
         changed = next((path for path in {**have, **new} if have.get(path) != new.get(path)), "the modules saved whole")
         raise UsageError(

@@ -44,6 +44,7 @@ def merge(
     again = [name for name in wanted if name in merged_names(adapted)]
     if again:
         raise UsageError(f"Already merged: {listed(again)}.")
+    rows = adapted.tokens.ready(merged_names(adapted), wanted, safe_merge)
     plan = {
         path: [name for name in wanted if name in layer.specs]
         for path, layer in adapted.layers.items()
@@ -54,8 +55,11 @@ def merge(
     try:
         for path, here in plan.items():
             _merge_layer(adapted.layers[path], here, reversible)
+        adapted.tokens.merge(wanted, reversible=reversible)
     except BaseException:
         # Out of memory or an interrupt halfway: what can be given back is given back.
+        adapted.tokens.restore()
+        adapted.tokens.merge(rows, reversible=True)
         for path in plan:
             layer = adapted.layers[path]
             if layer.unmerged is not None:
@@ -74,6 +78,8 @@ def unmerge(adapted: AdaptedModel) -> None:
     """Give every merged layer its original weight back, the very same tensor."""
     for layer in adapted.layers.values():
         _restore(layer)
+    adapted.tokens.restore()
+    adapted.tokens.show(adapted.active_adapters if adapted.enabled else [])
 
 
 def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = False) -> nn.Module:
@@ -108,6 +114,7 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
     for path, wrapper in adapted.saved.items():
         kept = next((name for name in merged if name in wrapper.modules_to_save), None)
         adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
+    adapted.tokens.unload()
     adapted.biases.settle()
     if unties:
         mark_untied(adapted.model)
@@ -125,6 +132,7 @@ def untied_by(adapted: AdaptedModel, names: Sequence[str]) -> str | None:
     changed = [path for path, layer in adapted.layers.items() if any(name in layer.specs for name in names)]
     changed += [path for path, w in adapted.saved.items() if any(name in w.modules_to_save for name in names)]
     unties = next((path for path in changed for t in adapted.index.tied if t == path or t.startswith(f"{path}.")), None)
+    unties = unties or adapted.tokens.unties(names, adapted.index.tied)
     if unties and getattr(getattr(adapted.model, "config", None), "is_encoder_decoder", False):
         raise MergeError(
             f"{unties!r} shares its weight with another module, and {type(adapted.model).__name__} cannot be saved "

@@ -17,6 +17,7 @@ from torch import nn
 from veneer.adapters.defaults import DEFAULT_TARGETS
 from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
 from veneer.adapters.rebase import initial_specs
+from veneer.adapters.rows import TokenRows, select_rows
 from veneer.core import registry
 from veneer.core.base import AbstractBase, WeightBase
 from veneer.core.config import LoraConfig, PeftConfig, TunerConfig
@@ -59,6 +60,8 @@ class Selection:
     biases: tuple[str, ...]
     """Names of the base's bias parameters that are trained."""
     report: MatchReport
+    tokens: tuple[TokenRows, ...] = ()
+    """Rows of tables that are trained."""
 
 
 def select(index: ModuleIndex, config: PeftConfig, *, from_file: bool = False) -> Selection:
@@ -128,7 +131,10 @@ class _Selector:
                 stacklevel=5,
             )
         biases = self.biases(targets, saved)
-        return Selection(resolved, variant, tuple(targets), tuple(saved), biases, self.report(targets, saved, biases))
+        tokens = config.trainable_token_indices if isinstance(config, LoraConfig) else None
+        rows = () if tokens is None else select_rows(self.index, tokens)
+        report = self.report(targets, saved, biases, rows)
+        return Selection(resolved, variant, tuple(targets), tuple(saved), biases, report, rows)
 
     # Patterns
 
@@ -331,23 +337,12 @@ class _Selector:
             )
         return tuple(found)
 
-    def untied(self, saved: list[str]) -> int:
-        """How many parameters the model in use has more of, since copies of tied modules are no longer tied."""
-        inside = [slot for slot in self.index.slots.values() if lies_in(slot.path, saved)]
-        copied, replaced = 0, {}
-        for slot in inside:
-            shared_outside = any(not lies_in(other, saved) for other in self.index.tied.get(slot.path, ()))
-            for parameter in slot.module._parameters.values():
-                if parameter is None:
-                    continue
-                copied += parameter.numel()
-                if not shared_outside:
-                    replaced[id(parameter)] = parameter.numel()
-        return copied - sum(replaced.values())
-
-    def report(self, targets: list[Target], saved: list[Slot], biases: tuple[str, ...]) -> MatchReport:
+    def report(
+        self, targets: list[Target], saved: list[Slot], biases: tuple[str, ...], rows: tuple[TokenRows, ...]
+    ) -> MatchReport:
+        named = [PatternMatch("trainable_token_indices", each.slot.path, each.paths) for each in rows]
         return MatchReport(
-            patterns=tuple(self.matches),
+            patterns=(*self.matches, *named),
             targets=tuple(
                 TargetRecord(
                     path=target.slot.path,
@@ -363,7 +358,8 @@ class _Selector:
             saved=tuple((slot.path, sum(p.numel() for p in slot.module.parameters())) for slot in saved),
             biases=sum(self.index.parameter_sizes[name] for name in biases),
             base_parameters=sum(self.index.parameter_sizes.values()),
-            untied=self.untied([slot.path for slot in saved]),
+            untied=self.index.untied([slot.path for slot in saved]),
+            rows=tuple((each.slot.path, math.prod(each.shape)) for each in rows),
         )
 
 

@@ -28,7 +28,6 @@ _NOT_BUILT: dict[str, Any] = {
     "runtime_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "trainable_token_indices": None,
     "loftq_config": {},
     "eva_config": None,
     "corda_config": None,
@@ -232,12 +231,15 @@ class LoraConfig(LowRankConfig):
     """Whether B has a bias that learns."""
     use_lorafa: bool = False
     """Freeze A, so that training keeps only its few outputs for backward (LoRA-FA, arXiv 2308.03303)."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embedding rows are trained and saved: of the input embedding, or of modules by name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_bool("use_rslora", self.use_rslora)
         require_bool("lora_bias", self.lora_bias)
         require_bool("use_lorafa", self.use_lorafa)
+        token_ids("trainable_token_indices", self.trainable_token_indices)
 
 
 # The starts that PEFT's file spells as true and false.
@@ -269,6 +271,25 @@ def _names(field_name: str, value: Any) -> list[str] | str | None:
     if not value and field_name == "target_modules":
         raise ConfigError("target_modules is an empty list; name at least one module, or leave it out.")
     return sorted(value) if isinstance(value, set | frozenset) else list(dict.fromkeys(value))
+
+
+def token_ids(name: str, value: Any) -> None:
+    """Refuse anything but None, a list of different token ids, and a mapping from module names to such lists.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value is None:
+        return
+    for where, ids in value.items() if isinstance(value, dict) else [("", value)]:
+        given = f"{name}[{where!r}]" if where else name
+        if not isinstance(where, str) or not isinstance(ids, list | tuple) or not ids:
+            raise ConfigError(f"{given} is {ids!r}; expected a list of token ids, or {{module name: [token ids]}}.")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ConfigError(f"{given} has {token!r}; expected token ids, whole numbers from 0.")
+        if len(set(ids)) < len(ids):
+            raise ConfigError(f"{given} names token {next(t for t in ids if ids.count(t) > 1)} twice.")
 
 
 def _regex(field_name: str, pattern: Any) -> None:

@@ -65,6 +65,8 @@ class MatchReport:
     """Parameters that the model in use has more of, because modules saved whole no longer share theirs."""
     rows: tuple[tuple[str, int], ...] = ()
     """Tables of which single rows are trained, each with the number of parameters in these rows."""
+    rows: tuple[tuple[str, int], ...] = ()
+    """Tables of which single rows are trained, each with the number of parameters in these rows."""
 
     @property
     def trainable(self) -> int:
