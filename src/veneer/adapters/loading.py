@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ from veneer.core.records import MatchReport
 def load_into(
     adapted: AdaptedModel, name: str, files: AdapterFiles, *, trainable: bool, autocast_adapter_dtype: bool
 ) -> MatchReport:
-    """Add an adapter from its files, or replace the weights of one that has the same config.
+    """Add an adapter from its files.
+
+    A name that is taken is refused, with two exceptions that only fill what is there, when the config is the same:
+    an adapter whose tensors were left on the meta device, and the checkpoint of transformers' Trainer (told by its
+    ``trainer_state.json``), which resumes and goes back to its best step through this very call, while its optimiser
+    holds on to the parameters.
 
     Args:
         adapted: the model.
@@ -33,8 +39,13 @@ def load_into(
 
     Raises:
         AdapterFileError: the files do not fit the model; nothing has changed.
-        UsageError: the name belongs to an adapter of another config, or to one that is merged.
+        UsageError: the name is taken; what may be filled has another config or is merged.
     """
+    if name in adapted.peft_config and not (_from_trainer(files.source) or _is_unfilled(adapted, name)):
+        raise UsageError(
+            f"There is already an adapter {name!r}; delete it first, load under another name, or put the new weights "
+            "in its place with hotswap_adapter."
+        )
     fitted = fit(adapted, files)
     warn_of_other_base(adapted, files, fitted)
     for key in fitted.embeddings:
@@ -67,6 +78,21 @@ def place(
         for now, loaded in _pairs(adapted, name, fitted, factors=exists):
             now.copy_(loaded)
     return adapted.reports[name]
+
+
+def _from_trainer(source: str) -> bool:
+    """Whether weights lie in a checkpoint of transformers' Trainer, or in an adapter's own folder in one."""
+    folder = Path(source).parent
+    return any((place / "trainer_state.json").is_file() for place in (folder, folder.parent))
+
+
+def _is_unfilled(adapted: AdaptedModel, name: str) -> bool:
+    """Whether an adapter was left without values beside a base that has some."""
+    return any(
+        tensor.is_meta and layer.base.placement()[0].type != "meta"
+        for layer in adapted.layers_of(name).values()
+        for tensor in layer.tensors(name).values()
+    )
 
 
 def warn_of_own(key: str) -> None:
