@@ -95,6 +95,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper-bias-all": ("whisper", {"target_modules": ["q_proj"], "bias": "all"}),
     "vit": ("vit", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}),
     "vit-all-linear": ("vit", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
+    "llama-dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"q_proj": 3}}),
+    "llama-dora-rslora": ("llama", {"target_modules": ["q_proj"], "use_dora": True, "use_rslora": True}),
+    "opt-dora-bias": ("opt", {"target_modules": ["q_proj", "fc1"], "use_dora": True, "bias": "lora_only"}),
+    "gpt2-dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
+    "gemma-dora-embedding": ("gemma", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
 }
 # Input and output embeddings share a weight in GPT-2 and Gemma: veneer says so, which is tested in test_merge.py.
 pytestmark = pytest.mark.filterwarnings("ignore:The adapter on .* does not reach:UserWarning")

@@ -325,7 +325,7 @@ def test_broken_config(content: bytes, folder: Path) -> None:
 
 
 def test_config_with_fields_that_mean_something_else(folder: Path) -> None:
-    for field, value in [("use_dora", True), ("frobnicate", 3), ("r", "2"), ("peft_type", "LOHA")]:
+    for field, value in [("velora_config", {"a": 1}), ("frobnicate", 3), ("r", "2"), ("peft_type", "LOHA")]:
         content = (folder / CONFIG).read_text()
         reconfigure(folder, **{field: value})
         refused(folder, ConfigError, match=field)

@@ -98,8 +98,9 @@ def options(variant: str, layer: nn.Module) -> Iterator[dict[str, Any]]:
     """The plain config, and with each kind of bias where there is one to learn."""
     yield {}
     if getattr(layer, "bias", None) is not None:
-        yield {"bias": "lora_only"}
-        if "lora_bias" in {f.name for f in fields(registry.load("variants", variant).Variant.config_class)}:
+        found = registry.load("variants", variant).Variant
+        yield {"bias": found.config_class.own_biases}
+        if "lora_bias" in {f.name for f in fields(found.config_class)} and not found.options:
             yield {"lora_bias": True}
 
 

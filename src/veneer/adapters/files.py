@@ -72,11 +72,12 @@ def adapter_state(
     mine = adapted.layers_of(name)
     for path, layer in mine.items():
         for key, tensor in layer.tensors(name).items():
-            if not layer.specs[name][key].saved:
+            spec = layer.specs[name][key]
+            if not spec.saved:
                 continue
             container, _, leaf = key.partition(".")
             memory = f"{path}.{container}.{name}" + (f".{leaf}" if leaf else "")
-            own[f"{path}.{key}"] = (memory, tensor)
+            own[f"{path}.{spec.file_key or key}"] = (memory, tensor)
     for path, wrapper in adapted.saved_of(name).items():
         for key, tensor in wrapper.modules_to_save[name].state_dict().items():
             own[f"{path}.{key}"] = (f"{path}.modules_to_save.{name}.{key}", tensor)
@@ -211,7 +212,10 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         return None
 
     factors = {
-        target.slot.path: {key: take(f"{target.slot.path}.{key}", spec.shape) for key, spec in target.on_disk().items()}
+        target.slot.path: {
+            key: take(f"{target.slot.path}.{spec.file_key or key}", spec.shape)
+            for key, spec in target.on_disk().items()
+        }
         for target in selection.targets
     }
     targeted = {target.slot.path for target in selection.targets}

@@ -115,6 +115,9 @@ class AdaptedLayer(nn.Module):
             if not leaf:
                 held[name] = parameter
                 continue
+            if name not in held._modules and not container.endswith(("_A", "_B")):
+                # A magnitude, not a factor: around one tensor, as in PEFT.
+                held._modules[name] = nn.Module()
             if name not in held._modules:
                 held._modules[name] = _holder(container, specs[f"{container}.weight"].shape, self.base_layer)
             held._modules[name]._parameters[leaf] = parameter

@@ -33,6 +33,8 @@ class AbstractBase(ABC):
     """Whether the weight is stored (I, O) instead of (O, I)."""
     exact: ClassVar[bool]
     """Whether ``replace(weight())`` changes nothing: false where W is stored in fewer bits than it is read in."""
+    one_matrix: ClassVar[bool] = True
+    """Whether a row of W is all that one output sees: false where W holds several matrices in one (experts)."""
 
     @final
     def __init__(self, module: nn.Module, leaf: str = "weight") -> None:

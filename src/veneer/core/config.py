@@ -32,7 +32,6 @@ _NOT_BUILT: dict[str, Any] = {
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
-    "use_dora": False,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -229,6 +228,8 @@ class LoraConfig(LowRankConfig):
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     lora_bias: bool = False
     """Whether B has a bias that learns."""
+    use_dora: bool = False
+    """Train the magnitude of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
     use_lorafa: bool = False
     """Freeze A, so that training keeps only its few outputs for backward (LoRA-FA, arXiv 2308.03303)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -238,7 +239,10 @@ class LoraConfig(LowRankConfig):
         super().__post_init__()
         require_bool("use_rslora", self.use_rslora)
         require_bool("lora_bias", self.lora_bias)
+        require_bool("use_dora", self.use_dora)
         require_bool("use_lorafa", self.use_lorafa)
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("lora_bias=True has no meaning with use_dora=True, which leaves biases as they are.")
         token_ids("trainable_token_indices", self.trainable_token_indices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class ParameterSpec:
     """Whether it learns."""
     saved: bool = True
     """Whether it is in the adapter's file."""
+    file_key: str | None = None
+    """Its name in the file, where that is not its key: PEFT's files are older than some names in memory."""
 
 
 class AbstractVariant(ABC):
@@ -33,7 +36,8 @@ class AbstractVariant(ABC):
 
     A file ``variants/<name>.py`` defines the final class ``Variant``. Parameters are keyed by the name
     they have on disk: ``lora_A.weight`` lives in memory as ``lora_A[adapter].weight``, a name without
-    a dot such as ``lora_embedding_A`` as ``lora_embedding_A[adapter]``.
+    a dot such as ``lora_embedding_A`` as ``lora_embedding_A[adapter]``. The rare one whose name on disk is
+    another says so (``ParameterSpec.file_key``).
 
     Every variant is a change of the weight, ``W + update(W)``, computed from the frozen W: so the updates of
     several active adapters add up, in the forward pass and merged alike.
@@ -119,6 +123,28 @@ class AbstractVariant(ABC):
         Raises:
             MergeError: the variant has a bias to merge and the module has no place for it.
         """
+
+
+def factor_specs(base: AbstractBase, r: int, *, frozen_A: bool) -> dict[str, ParameterSpec]:
+    """The two factors of a low-rank update on ``base``.
+
+    Raises:
+        ConfigError: ``frozen_A`` on a base whose A starts at zero, which would stay zero.
+    """
+    A, B = (
+        ParameterSpec(shape, trainable=not frozen_A or number > 0) for number, shape in enumerate(base.factor_shapes(r))
+    )
+    if frozen_A and base.zero_factor == "A":
+        raise ConfigError(
+            f"use_lorafa=True has no meaning on {type(base.module).__name__}: the factor that it would freeze "
+            "starts at zero there; take that module out of target_modules."
+        )
+    return dict(zip(base.factor_names, (A, B), strict=True))
+
+
+def low_rank_scaling(r: int, lora_alpha: float, rank_stabilised: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+    return lora_alpha / math.sqrt(r) if rank_stabilised else lora_alpha / r
 
 
 def low_rank_forward(

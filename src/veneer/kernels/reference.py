@@ -21,3 +21,13 @@ def lora_linear(
     """``W x + bias + scaling * B A x``; ``dropped_NI`` replaces x before A when given."""
     through_A_NR = F.linear(x_NI if dropped_NI is None else dropped_NI, A_RI)
     return F.linear(x_NI, W_OI, bias_O) + scaling * F.linear(through_A_NR, B_OR)
+
+
+def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """The norms of the rows of ``W + scaling * B A``."""
+    return (W_OI + scaling * B_OR @ A_RI).norm(dim=1).detach()
+
+
+def scale_rows(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``scale * (u - bias) + bias``, exactly ``u`` where the scale is one."""
+    return u * scale if bias is None else u * scale + (1 - scale) * bias

@@ -5,7 +5,6 @@ Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
@@ -15,7 +14,7 @@ from veneer.core.base import AbstractBase, InputBase
 from veneer.core.config import LoraConfig, PeftConfig
 from veneer.core.errors import ConfigError, MergeError
 from veneer.core.init import AbstractInit, Start
-from veneer.core.variant import AbstractVariant, ParameterSpec, low_rank_forward
+from veneer.core.variant import AbstractVariant, ParameterSpec, factor_specs, low_rank_forward, low_rank_scaling
 
 BIAS = "lora_B.bias"
 
@@ -29,15 +28,7 @@ class Variant(AbstractVariant):
 
     def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
         assert isinstance(config, LoraConfig)
-        shapes = base.factor_shapes(r)
-        specs = {name: ParameterSpec(shape) for name, shape in zip(base.factor_names, shapes, strict=True)}
-        if config.use_lorafa:
-            if base.zero_factor == "A":
-                raise ConfigError(
-                    f"use_lorafa=True has no meaning on {type(base.module).__name__}: the factor that it would freeze "
-                    "starts at zero there; take that module out of target_modules."
-                )
-            specs[base.factor_names[0]] = ParameterSpec(shapes[0], trainable=False)
+        specs = factor_specs(base, r, frozen_A=config.use_lorafa)
         if config.lora_bias:
             if not base.has_output_bias:
                 raise ConfigError(
@@ -52,7 +43,7 @@ class Variant(AbstractVariant):
 
     def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
         assert isinstance(config, LoraConfig)
-        return lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
+        return low_rank_scaling(r, lora_alpha, config.use_rslora)
 
     def start(
         self,
