@@ -33,7 +33,9 @@ def _combinations(exact: bool | None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("variant", "base", "case"), cases)
 
 
-combinations, exact_combinations, quantised_combinations = map(_combinations, (None, True, False))
+combinations, exact_combinations = _combinations(None), _combinations(True)
+quantised_combinations = _combinations(False)
+"""Those whose W is stored in fewer bits than it is read in; what is special about them is in test_quantised.py."""
 starts = pytest.mark.parametrize("init", INITS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -250,7 +252,7 @@ def test_merged_is_unmerged_within_rounding(variant: str, base: str, case: str, 
         assert not torch.equal(merged, frozen)
 
 
-@combinations
+@exact_combinations
 @dtypes
 def test_unmerge_gives_back_the_very_tensors(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
     for option in options(variant, base_model(base, case, dtype)[0].layer):

@@ -16,6 +16,7 @@ from veneer.adapters.index import ModuleIndex
 from veneer.adapters.layer import AdaptedLayer, SharedTensors
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.tokens import TokenBank
+from veneer.core.base import Into
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed, nearest
 from veneer.core.records import MatchReport
@@ -38,6 +39,7 @@ class AdaptedModel(nn.Module):
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
         self.enabled = True
+        self.merged_into: Into | None = None
         if any(isinstance(slot.module, AdaptedLayer) for slot in self.index.slots.values()):
             raise UsageError(
                 "This model is adapted already; use add_adapter or load_adapter on it, or unload() to start again."

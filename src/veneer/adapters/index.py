@@ -135,7 +135,8 @@ def _bases() -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
 
 
 def _kind(module: nn.Module, places: list[tuple[nn.Module, str]]) -> str | None:
-    if not module._parameters:
+    # Some quantised linear layers keep everything in buffers or packed away.
+    if not module._parameters and "in_features" not in module.__dict__:
         return None
     if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in places):
         # That module reads its children's weights and never calls them: a wrapper there would do nothing.

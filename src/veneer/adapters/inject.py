@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import view
+from veneer.adapters.kbit import quantised_slots, settle
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.rebase import STANDING, initial_tensors
@@ -61,6 +62,8 @@ def inject(
     assert isinstance(config, TunerConfig)
     _check_family(adapted, config)
     selection = selection or select(adapted.index, config)
+    if not adapted.peft_config:
+        settle(quantised_slots(adapted.index))
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
     fresh = {
         target.slot.path: (

@@ -40,6 +40,7 @@ class AdaptedLayer(nn.Module):
     disable_adapters: bool
     live: tuple[str, ...]
     unmerged: dict[str, nn.Parameter | None] | None
+    aside: nn.Module | None
 
     def __init__(self, base_layer: nn.Module, kind: str, leaf: str = "weight") -> None:
         super().__init__()
@@ -62,6 +63,7 @@ class AdaptedLayer(nn.Module):
             disable_adapters=False,
             live=(),
             unmerged=None,
+            aside=None,
             training=base_layer.training,
         )
 
@@ -75,6 +77,9 @@ class AdaptedLayer(nn.Module):
     @property
     def original(self) -> AbstractBase:
         """The view on the weight as it is without any merged adapter."""
+        if self.aside is not None:
+            first: AbstractBase = registry.load("bases", self.kind).Base(self.aside, self.leaf)
+            return first
         if self.unmerged is None:
             return self.base
         twin = shell(self.base_layer)
@@ -85,6 +90,27 @@ class AdaptedLayer(nn.Module):
     def merged(self) -> bool:
         """Whether any adapter is merged into the weight."""
         return bool(self.merged_adapters)
+
+    def stand_in(self, module: nn.Module, base_class: type[AbstractBase]) -> None:
+        """Put a module in the place of the frozen one, which is a quantised layer and is kept as it is."""
+        # Not as a submodule: it is not part of the model for now.
+        self.__dict__["aside"] = self.aside or self.base_layer
+        module.train(self.base_layer.training)
+        self._modules["base_layer"] = module
+        self.base_class = base_class
+
+    def keep_stand_in(self) -> None:
+        """Let go of the quantised layer: what stands in for it stays."""
+        self.__dict__["aside"] = None
+
+    def give_back(self) -> None:
+        """Put the quantised layer back that others stood in for."""
+        if self.aside is not None:
+            # The model may have been moved in the meantime, which did not reach the layer that was put aside.
+            device, _ = self.base.placement()
+            self._modules["base_layer"] = self.aside.to(device).train(self.base_layer.training)
+            self.base_class = registry.load("bases", self.kind).Base
+            self.__dict__["aside"] = None
 
     def get_base_layer(self) -> nn.Module:
         """The frozen module (PEFT's name for ``base_layer``)."""
@@ -206,7 +232,7 @@ class AdaptedLayer(nn.Module):
             return self.base.run(self.effective_weight(), *args, **kwargs)  # type: ignore[attr-defined]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         # What is merged already is in the module's own output.
-        y = None if self.unmerged is None else self.base.frozen(x)  # type: ignore[attr-defined]
+        y = self.base.frozen(x) if self.merged_adapters else None  # type: ignore[attr-defined]
         for name in self.live:
             y = self.add(name, x, y)
         return y

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.kbit import check_into, mark_dequantised, merge_quantised
 from veneer.adapters.layer import AdaptedLayer
+from veneer.core.base import Into, QuantisedBase
 from veneer.core.errors import MergeError, UsageError, listed
 
 
 def merge(
-    adapted: AdaptedModel, names: Sequence[str] | None = None, *, safe_merge: bool = False, reversible: bool = True
+    adapted: AdaptedModel,
+    names: Sequence[str] | None = None,
+    *,
+    safe_merge: bool = False,
+    reversible: bool = True,
+    into: Into | None = None,
 ) -> None:
     """Merge adapters into the weights of their layers: all active ones, or those named.
 
@@ -30,6 +37,7 @@ def merge(
         safe_merge: check first that every merged weight is finite.
         reversible: keep the original weights, which costs their memory a second time, so that ``unmerge``
             gives them back.
+        into: what quantised layers become, plain ("dequantised") or quantised again ("requantised").
 
     Raises:
         UsageError: a name that is not there or already merged, or the adapters are disabled.
@@ -50,11 +58,12 @@ def merge(
         for path, layer in adapted.layers.items()
         if any(name in layer.specs for name in wanted)
     }
+    check_into(adapted, plan, into)
     for path, here in plan.items():
         _check(adapted, path, here, safe_merge)
     try:
         for path, here in plan.items():
-            _merge_layer(adapted.layers[path], here, reversible)
+            _merge_layer(adapted, adapted.layers[path], here, reversible, into)
         adapted.tokens.merge(wanted, reversible=reversible)
     except BaseException:
         # Out of memory or an interrupt halfway: what can be given back is given back.
@@ -62,11 +71,12 @@ def merge(
         adapted.tokens.merge(rows, reversible=True)
         for path in plan:
             layer = adapted.layers[path]
-            if layer.unmerged is not None:
+            if layer.unmerged is not None or layer.aside is not None:
                 left = [name for name in layer.merged_adapters if name not in wanted]
                 _restore(layer)
-                _merge_layer(layer, left, True)
+                _merge_layer(adapted, layer, left, True, into)
         raise
+    adapted.merged_into = into
 
 
 def merged_names(adapted: AdaptedModel) -> list[str]:
@@ -82,7 +92,9 @@ def unmerge(adapted: AdaptedModel) -> None:
     adapted.tokens.show(adapted.active_adapters if adapted.enabled else [])
 
 
-def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = False) -> nn.Module:
+def unload(
+    adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = False, into: Into | None = None
+) -> nn.Module:
     """Merge these adapters for good, take all wrappers out, and return the base model.
 
     The whole modules and biases of the merged adapters stay in the model. No second copy of a weight is kept.
@@ -91,23 +103,24 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
         adapted: the model and its registry, which is of no use afterwards.
         merged: adapters to leave in the model; none gives the base model back as it was.
         safe_merge: check first that every merged weight is finite.
+        into: what quantised layers become; see ``merge``.
 
     Raises:
         MergeError: see ``merge``; also when merging would untie embeddings that an encoder-decoder model
             computes with as one. Nothing has changed then.
     """
     unties = untied_by(adapted, merged)
-    were_merged, shown = merged_names(adapted), adapted.biases.shown
+    were_merged, shown, were_into = merged_names(adapted), adapted.biases.shown, adapted.merged_into
     unmerge(adapted)
     try:
         # Before merging: a lora_bias is merged into the bias that goes with it.
         adapted.biases.show(next((name for name in merged if name in adapted.biases.trained), None))
         if merged:
-            merge(adapted, merged, safe_merge=safe_merge, reversible=False)
+            merge(adapted, merged, safe_merge=safe_merge, reversible=False, into=into)
     except BaseException:
         adapted.biases.show(shown)
         if were_merged:
-            merge(adapted, were_merged)
+            merge(adapted, were_merged, into=were_into)
         raise
     for path, layer in adapted.layers.items():
         adapted.hang(path, layer.base_layer)
@@ -118,6 +131,8 @@ def unload(adapted: AdaptedModel, *, merged: Sequence[str], safe_merge: bool = F
     adapted.biases.settle()
     if unties:
         mark_untied(adapted.model)
+    if into == "dequantised":
+        mark_dequantised(adapted, (path for path, layer in adapted.layers.items() if layer.merged_adapters))
     for name, parameter in adapted.model.named_parameters():
         parameter.requires_grad_(name in adapted.index.trainable)
     return adapted.model
@@ -152,11 +167,21 @@ def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -
                 raise MergeError(f"Merging {name!r} into {path!r} gives values that are not finite.")
 
 
-def _merge_layer(layer: AdaptedLayer, names: Sequence[str], reversible: bool) -> None:
+def _merge_layer(
+    adapted: AdaptedModel, layer: AdaptedLayer, names: Sequence[str], reversible: bool, into: Into | None
+) -> None:
     """Merge these adapters on top of those that are merged already, all from the original weight."""
-    parameters = layer.base_layer._parameters
-    if names:
-        every = [*layer.merged_adapters, *names]
+    every = [*layer.merged_adapters, *names]
+    if names and isinstance(layer.original, QuantisedBase):
+        assert into is not None
+        with torch.no_grad():
+            bias = merged_bias(layer, every, _first_bias(layer))
+            merge_quantised(adapted, layer, every, into, bias)
+        if not reversible:
+            layer.keep_stand_in()
+        layer.merged_adapters = every
+    elif names:
+        parameters = layer.base_layer._parameters
         leaves = (layer.leaf, layer.base.bias_name())
         originals = layer.unmerged or {leaf: parameters[leaf] for leaf in leaves if leaf is not None}
         with torch.no_grad():
@@ -175,6 +200,13 @@ def _bias(layer: AdaptedLayer) -> Tensor | None:
     return None if name is None else layer.base_layer._parameters[name]
 
 
+def _first_bias(layer: AdaptedLayer) -> Tensor | None:
+    """The bias of a quantised layer before any merge."""
+    original = layer.original
+    name = original.bias_name()
+    return None if name is None else original.module._parameters[name]
+
+
 def merged_bias(layer: AdaptedLayer, names: Sequence[str], bias: Tensor | None) -> Tensor | None:
     """The bias of a layer with those of some adapters merged into it; the given one when they have none."""
     for name in names:
@@ -184,6 +216,9 @@ def merged_bias(layer: AdaptedLayer, names: Sequence[str], bias: Tensor | None) 
 
 
 def _restore(layer: AdaptedLayer) -> None:
+    if layer.aside is not None:
+        layer.give_back()
+        layer.merged_adapters = []
     if layer.unmerged is not None:
         parameters = layer.base_layer._parameters
         now = parameters[layer.leaf]

@@ -19,6 +19,7 @@ from veneer.adapters.index import lies_in
 from veneer.adapters.inject import check_name, inject
 from veneer.adapters.loading import load_into
 from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trainer, with_base
+from veneer.core.base import Into
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, nearest
 from veneer.core.hub import WHERE
@@ -340,20 +341,28 @@ class PeftModel(nn.Module):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, into: Into | None = None
+    ) -> None:
         """Merge the active adapters, or those named, into the weights, so that they cost nothing.
+
+        ``into`` says what quantised layers become; see ``merge_and_unload``.
 
         Raises:
             UsageError, MergeError: see ``veneer.adapters.merge.merge``.
         """
-        merging.merge(self.base_model, adapter_names, safe_merge=safe_merge)
+        merging.merge(self.base_model, adapter_names, safe_merge=safe_merge, into=into)
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again; the weights are the very tensors they were."""
         merging.unmerge(self.base_model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        into: Into | None = None,
     ) -> nn.Module:
         """Merge the active adapters for good and return the base model, free of wrappers.
 
@@ -361,12 +370,14 @@ class PeftModel(nn.Module):
             progressbar: accepted as PEFT's option; merging reports nothing.
             safe_merge: check first that every merged weight is finite.
             adapter_names: adapters to merge instead of the active ones.
+            into: what quantised layers become: plain ("dequantised"), or quantised again with the loss that this
+                means ("requantised"). Without it, merging into them is refused.
         """
         adapted = self.base_model
         wanted = dict.fromkeys(
             [*merging.merged_names(adapted), *(adapted.active_adapters if adapter_names is None else adapter_names)]
         )
-        return merging.unload(adapted, merged=list(wanted), safe_merge=safe_merge)
+        return merging.unload(adapted, merged=list(wanted), safe_merge=safe_merge, into=into)
 
     def unload(self) -> nn.Module:
         """Drop all adapters and return the base model as it was."""

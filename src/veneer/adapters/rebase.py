@@ -14,7 +14,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from veneer.core.base import AbstractBase, InputBase, merge_dtype
+from veneer.core import registry
+from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype
 from veneer.core.variant import ParameterSpec
 
 STANDING = "initial_weight"
@@ -40,8 +41,7 @@ def initial_specs(base: AbstractBase, specs: Mapping[str, ParameterSpec]) -> dic
 def standing(base: AbstractBase, p: Mapping[str, Tensor]) -> AbstractBase:
     """The base as an adapter with these tensors sees it: on another weight when its start says so."""
     if STANDING in p:
-        shape = base.weight().shape
-        return with_weight(base, p[STANDING].reshape(shape))
+        return with_weight(base, p[STANDING].reshape(base.shape()))
     A0, B0 = (p.get(initial_name(name)) for name in base.factor_names)
     if A0 is None or B0 is None or not isinstance(base, InputBase):
         return base
@@ -64,6 +64,10 @@ def standing_weight(base: AbstractBase, p: Mapping[str, Tensor]) -> Tensor | Non
 
 def with_weight(base: AbstractBase, W_OI: Tensor) -> AbstractBase:
     """The base over a stand-in for its module that has another weight; the module itself is not touched."""
+    if isinstance(base, QuantisedBase):
+        # Quantised again, it would not be the weight that the adapter stands on.
+        plain: AbstractBase = registry.load("bases", "linear").Base(base.plain(W_OI))
+        return plain
     other = type(base)(shell(base.module), base.leaf)
     other.replace(W_OI)
     return other

@@ -28,7 +28,6 @@ from veneer.core.task_type import TaskType
 from veneer.core.variant import AbstractVariant, ParameterSpec, variant_of
 
 ALL_LINEAR = "all-linear"
-_LINEAR_KINDS = frozenset({"linear", "conv1d"})
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class _Selector:
             paths = [
                 path
                 for path, slot in self.index.slots.items()
-                if slot.kind in _LINEAR_KINDS and path != self.index.output_path
+                if slot.kind and type(view(slot)).linear_layer and path != self.index.output_path
             ]
             self.record("target_modules", ALL_LINEAR, paths)
         else:

@@ -24,6 +24,7 @@ class Base(InputBase):
     has_output_bias: ClassVar[bool] = True
     fan_in_fan_out: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    linear_layer: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:

@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
+Into = Literal["dequantised", "requantised"]
+"""What a quantised layer can become when an adapter is merged into it."""
+
 
 class AbstractBase(ABC):
     """A view on one frozen weight of a module. It holds no tensors; make one whenever it is needed.
@@ -33,6 +36,8 @@ class AbstractBase(ABC):
     """Whether the weight is stored (I, O) instead of (O, I)."""
     exact: ClassVar[bool]
     """Whether ``replace(weight())`` changes nothing: false where W is stored in fewer bits than it is read in."""
+    linear_layer: ClassVar[bool] = False
+    """Whether the module is a linear layer, one of those that ``target_modules="all-linear"`` means."""
     one_matrix: ClassVar[bool] = True
     """Whether a row of W is all that one output sees: false where W holds several matrices in one (experts)."""
 
@@ -112,6 +117,33 @@ class InputBase(AbstractBase):
         """A vector over the outputs, shaped so that it broadcasts against an output ``y``."""
 
 
+class QuantisedBase(InputBase):
+    """A linear layer whose W is stored in fewer bits than it is read in, so that merging into it rounds the update.
+
+    ``replace`` quantises the weight again, in the same way.
+    """
+
+    @abstractmethod
+    def settle(self) -> bool:
+        """Keep the module from changing its stored weight when it is called.
+
+        Returns:
+            Whether it had changed it already.
+        """
+
+    @abstractmethod
+    def check_merge(self, into: Into) -> None:
+        """Whether W can be read, and for "requantised" replaced.
+
+        Raises:
+            MergeError: it cannot.
+        """
+
+    @abstractmethod
+    def plain(self, W_OI: Tensor) -> nn.Linear:
+        """An unquantised layer with this weight and the module's own bias."""
+
+
 class WeightBase(AbstractBase):
     """A module that uses W inside a larger computation."""
 
@@ -126,6 +158,21 @@ def merge_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         wide = torch.promote_types(wide, tensor.dtype)
     return wide
+
+
+def plain_linear(W_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
+    """A linear layer of these two, frozen, made without a start of its own."""
+    out, inputs = W_OI.shape
+    layer = nn.Linear(inputs, out, bias=False, device="meta")
+    layer.weight = nn.Parameter(W_OI, requires_grad=False)
+    if bias_O is not None:
+        layer.bias = as_parameter(bias_O)
+    return layer
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself where it is a parameter, else a frozen parameter of it."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 def product(A_RI: Tensor, B_OR: Tensor) -> Tensor:

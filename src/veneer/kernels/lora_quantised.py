@@ -1,0 +1,117 @@
+"""A quantised linear layer with a low-rank update, forward and backward written out.
+
+The frozen product is the library's own. For its backward W is read again, so that neither the dequantised weight nor
+a full-size intermediate result is kept: only the input of A and ``x A^T`` are.
+
+Shape legend: N tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from veneer.kernels.lora_linear import add_update, low_rank
+
+
+class _LoraQuantised(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        bias_O: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        scaling: float,
+        product: Callable[[Tensor], Tensor],
+        read: Callable[[], Tensor],
+    ) -> Tensor:
+        in_A = x if dropped is None else dropped
+        y = product(x)
+        xA_RN = add_update(y.view(-1, y.shape[-1]), in_A, A_RI, B_OR, scaling)
+        ctx.save_for_backward(in_A, xA_RN, A_RI, B_OR)
+        ctx.scaling, ctx.read, ctx.has_dropped = scaling, read, dropped is not None
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        in_A, xA_RN, A_RI, B_OR = ctx.saved_tensors
+        need_x, need_dropped, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        g_NO = grad.reshape(-1, grad.shape[-1])
+        gB_RN = (B_OR.t() @ g_NO.t()).mul_(ctx.scaling)
+        d_x = d_dropped = d_bias = d_A = d_B = None
+        if need_B:
+            d_B = (xA_RN @ g_NO).t().mul(ctx.scaling).contiguous()
+        if need_A:
+            d_A = gB_RN @ in_A.reshape(-1, in_A.shape[-1])
+        if need_x:
+            d_x = g_NO @ ctx.read().to(g_NO.dtype)
+            if not ctx.has_dropped:
+                d_x.addmm_(gB_RN.t(), A_RI)
+            d_x = d_x.view(in_A.shape)
+        if need_dropped:
+            d_dropped = (gB_RN.t() @ A_RI).view(in_A.shape)
+        if need_bias:
+            d_bias = g_NO.sum(0, dtype=ctx.bias_dtype)
+        return d_x, d_dropped, d_bias, d_A, d_B, None, None, None
+
+
+def lora_quantised(
+    x: Tensor,
+    bias_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scaling: float,
+    *,
+    product: Callable[[Tensor], Tensor],
+    read: Callable[[], Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """``product(x) + scaling * B A drop(x)``, with the gradients of ``W x + bias`` for the frozen product.
+
+    >>> lora_quantised(x, layer.bias, A, B, 2.0, product=layer, read=lambda: dequantise(layer.weight))
+
+    Args:
+        x: (..., I) input.
+        bias_O: the bias that ``product`` adds, only so that it gets its gradient.
+        A_RI: first factor; it is the thin one, so it follows x in dtype.
+        B_OR: second factor, likewise.
+        scaling: the factor of the update.
+        product: gives ``W x + bias`` in a new tensor, in the dtype of x.
+        read: gives W as (O, I) in floating point, for the backward pass.
+        dropout: the share of x that A does not see.
+
+    Returns:
+        (..., O) output in the dtype of x.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        # Which product runs in which precision is autocast's to choose.
+        y = product(x)
+        return y + low_rank(x, A_RI, B_OR, scaling, bias_O=None, dropout=dropout).to(y.dtype)
+    dropped = F.dropout(x, dropout) if dropout else None
+    A, B = A_RI.to(x.dtype), B_OR.to(x.dtype)
+    if not torch.is_grad_enabled():
+        y = product(x)
+        add_update(y.view(-1, y.shape[-1]), x if dropped is None else dropped, A, B, scaling)
+        return y
+    out: Tensor = _LoraQuantised.apply(x, dropped, bias_O, A, B, scaling, product, read)  # type: ignore[no-untyped-call]
+    return out
+
+
+def runs_plain(module: nn.Module) -> bool:
+    """Whether a module's output is a new tensor that nobody else sees: no hook on it, no replaced forward."""
+    return (
+        "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
