@@ -171,7 +171,7 @@ def using(adapted: AdaptedModel, names: str | Sequence[str]) -> Iterator[None]:
 def _merge_again(adapted: AdaptedModel, names: Sequence[str]) -> None:
     left = [name for name in names if name in adapted.peft_config]
     if left and adapted.enabled:
-        merge(adapted, left)
+        merge(adapted, left, into=adapted.merged_into)
 
 
 @contextmanager
