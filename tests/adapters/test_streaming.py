@@ -103,6 +103,21 @@ def streamed(
     return tensors(folder)
 
 
+@pytest.mark.parametrize("ids", [[3, 9], {"lm_head": [5]}], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.filterwarnings("ignore:The rows of")
+def test_trained_rows_of_embeddings(tmp_path: Path, kind: str, ids: Any) -> None:
+    base = saved(tmp_path / "base", kind)
+    config = {"target_modules": "all-linear", "trainable_token_indices": ids}
+    adapted = get_peft_model(load_model(base, auto_class=AUTO[kind]), LoraConfig(r=2, **config))
+    with torch.no_grad():
+        for rows in adapted.base_model.tokens.of("default").values():
+            rows += 1
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = in_memory(base, [tmp_path / "adapter"], tmp_path / "whole", kind)
+    assert_same(streamed(base, [tmp_path / "adapter"], tmp_path / "streamed", kind), wanted)
+
+
 def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():

@@ -419,3 +419,18 @@ def test_generation_uses_the_rows() -> None:
     ids = tokens("llama")["input_ids"]
     a = ours.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(a, theirs.generate(input_ids=ids, max_new_tokens=4, do_sample=False))
+
+
+def test_adapters_with_rows_are_renamed_frozen_and_not_combined() -> None:
+    model = get_peft_model(make("llama-tied"), LoraConfig(**fields("llama-tied")))
+    move(model)
+    before = output(model, tokens("llama"))
+    with pytest.raises(UsageError, match="cannot be combined"):
+        model.add_weighted_adapter(["default"], [1.0], "other")
+    model.rename_adapter("default", "first")
+    assert torch.equal(output(model, tokens("llama")), before)
+    rows = model.get_input_embeddings().token_adapter.trainable_tokens_delta["first"]
+    model.set_requires_grad("first", False)
+    assert not rows.requires_grad
+    model.set_requires_grad("first", True)
+    assert rows.requires_grad

@@ -48,6 +48,7 @@ def model_card(config: PeftConfig, report: MatchReport, *, bytes_on_disk: int, f
         "factor of the update": ", ".join(f"{s:g}" for s in sorted({target.scaling for target in report.targets})),
         "adapted modules": ", ".join(f"{name} x {count}" for name, count in sorted(names.items())),
         "modules trained whole": ", ".join(path for path, _ in report.saved) or "none",
+        **({"trained rows of": ", ".join(path for path, _ in report.rows)} if report.rows else {}),
         "trained parameters": f"{report.trainable:,} of {report.total:,} ({report.trainable / report.total:.2%})",
         "size": f"{bytes_on_disk / 1e6:.2f} MB",
         "made with": f"veneer {version('veneer')}, torch {torch.__version__}",

@@ -133,6 +133,12 @@ def _check_whole(adapted: AdaptedModel, adapters: Sequence[str]) -> None:
                 f"Adapters {listed(owners)} each have their own {path!r}, saved whole, and these cannot be combined; "
                 "leave all but one of them out."
             )
+    rows = [name for name in adapters if adapted.tokens.of(name)]
+    if rows:
+        raise UsageError(
+            f"Adapter {listed(rows)} trains rows of embeddings (trainable_token_indices), which cannot be combined; "
+            "merge it into the model first, or leave it out."
+        )
     biased = [name for name in adapters if name in adapted.biases.trained]
     if len(biased) > 1:
         raise UsageError(

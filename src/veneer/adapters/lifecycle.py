@@ -53,6 +53,7 @@ def _together(adapted: AdaptedModel, names: str | Sequence[str]) -> list[str]:
     biased = [name for name in wanted if name in adapted.biases.trained]
     if len(biased) > 1:
         raise UsageError(f"Adapters {listed(biased)} each train the base's biases; only one can be active at a time.")
+    adapted.tokens.check_together(wanted)
     return wanted
 
 
@@ -72,6 +73,7 @@ def set_trainable(adapted: AdaptedModel, names: Sequence[str]) -> None:
     for wrapper in adapted.saved.values():
         for name, module in wrapper.modules_to_save.items():
             module.requires_grad_(name in names)
+    adapted.tokens.set_trainable(names)
     learning = {key for name in names for key in adapted.biases.trained.get(name, ())}
     for key in adapted.biases.places:
         adapted.biases.parameter(key).requires_grad_(key in learning)
@@ -91,6 +93,8 @@ def set_requires_grad(adapted: AdaptedModel, names: str | Sequence[str], on: boo
                 f"{name!r} trains the base's biases, which hold its values only while it is active; activate it first."
             )
     for name in wanted:
+        for rows in adapted.tokens.of(name).values():
+            rows.requires_grad_(on)
         for layer in adapted.layers_of(name).values():
             _learn(layer, name, on, layer.specs[name])
         for wrapper in adapted.saved_of(name).values():
@@ -116,10 +120,11 @@ def enable(adapted: AdaptedModel, on: bool) -> None:
 
 
 def show_whole(adapted: AdaptedModel) -> None:
-    """Bring whole modules and biases in line with what is active."""
+    """Bring whole modules, trained rows and biases in line with what is active."""
     active = adapted.active_adapters if adapted.enabled else []
     for wrapper in adapted.saved.values():
         wrapper.active = next((name for name in active if name in wrapper.modules_to_save), None)
+    adapted.tokens.show(active)
     adapted.biases.show(next((name for name in active if name in adapted.biases.trained), None))
 
 
@@ -223,6 +228,7 @@ def rename(adapted: AdaptedModel, old: str, new: str) -> None:
         wrapper.active = new if wrapper.active == old else wrapper.active
     adapted.biases.rename(old, new)
     adapted.shared.rename(old, new)
+    adapted.tokens.rename(old, new)
     relabel(adapted.peft_config, old, new)
     relabel(adapted.reports, old, new)
     adapted.active_adapters = [new if name == old else name for name in adapted.active_adapters]
@@ -266,6 +272,7 @@ def remove(adapted: AdaptedModel, name: str) -> None:
             adapted.hang(path, wrapper.original_module)
             del adapted.saved[path]
     adapted.biases.remove(name)
+    adapted.tokens.remove(name)
     adapted.shared.drop(name)
     adapted.peft_config.pop(name, None)
     adapted.reports.pop(name, None)

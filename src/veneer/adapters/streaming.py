@@ -148,7 +148,7 @@ class StreamingMerge:
             return self.whole[name].to(_held(module)[leaf].dtype)
         layer = self.layers.get((module, leaf))
         if layer is None:
-            return W
+            return self.adapted.tokens.written(module, leaf, W)
         here = [adapter for adapter in self.names if adapter in layer.specs]
         if leaf != layer.leaf:
             merged = merged_bias(layer, here, W)

@@ -67,9 +67,9 @@ class TokenAdapter(nn.Module):
         bias_K = None if module.bias is None else module.bias[ids_K]
         return y_NV.index_copy(-1, ids_K, F.linear(x_ND, rows_KD, bias_K).to(y_NV.dtype))
 
-    def table(self, names: Iterable[str]) -> Tensor:
-        """The (V, D) table with the rows of some adapters, differentiable in them."""
-        W_VD: Tensor = self.base_layer.weight
+    def table(self, names: Iterable[str], W_VD: Tensor | None = None) -> Tensor:
+        """The (V, D) table, or another one in its place, with the rows of some adapters; differentiable in them."""
+        W_VD = self.base_layer.weight if W_VD is None else W_VD
         for name in names:
             ids_K = torch.tensor(self.token_indices[name], device=W_VD.device)
             W_VD = W_VD.index_copy(0, ids_K, self.trainable_tokens_delta[name].to(W_VD))
@@ -276,6 +276,13 @@ class TokenBank:
         for wrapper in self.wrappers.values():
             adapter = wrapper.token_adapter
             adapter.live = tuple(name for name in adapter.live if name not in self.merged)
+
+    def written(self, module: nn.Module, leaf: str, W_VD: Tensor) -> Tensor:
+        """A tensor of a module with the rows that are in use, when it is a table that has some."""
+        for wrapper in self.wrappers.values() if leaf == "weight" else ():
+            if wrapper.token_adapter.base_layer is module:
+                return wrapper.token_adapter.table(wrapper.token_adapter.live, W_VD)
+        return W_VD
 
     def restore(self) -> None:
         """Give every table its original weight back, the very same tensor."""

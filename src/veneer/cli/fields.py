@@ -130,6 +130,8 @@ def _read(name: str, given: Any, hint: Any) -> Any:
     if get_origin(parts[0]) is dict:
         return _mapping(name, texts)
     if get_origin(parts[0]) is list:
+        if len(texts) == 1 and texts[0].lstrip().startswith("{") and any(get_origin(part) is dict for part in parts):
+            return _mapping(name, texts)
         if get_args(parts[0]) == (int,):
             return [_number(name, item, whole=True) for item in _items(texts)]
         return _names(texts, regex_allowed=str in parts)

@@ -102,6 +102,7 @@ def target_table(report: MatchReport) -> Group:
             f"{parameters * count:,}",
         )
     rest: dict[str, Any] = {f"trained whole: {path}": f"{count:,} parameters" for path, count in report.saved}
+    rest |= {f"trained rows: {path}": f"{count:,} parameters" for path, count in report.rows}
     if report.biases:
         rest["biases of the base"] = f"{report.biases:,} parameters"
     share = report.trainable / report.total if report.total else 0.0
