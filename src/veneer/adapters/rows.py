@@ -33,7 +33,7 @@ class TokenRows:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, D)."""
-        return len(self.indices), self.slot.module.weight.shape[1]
+        return len(self.indices), table_of(self.slot.module).shape[1]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -54,8 +54,9 @@ def select_rows(index: ModuleIndex, wanted: Sequence[int] | Mapping[str, Sequenc
     for path, indices in named.items():
         _check_table(index.slots[path], indices)
     entry = index.input_path
-    sharing = index.tied.get(entry, ()) if entry in named else ()
-    if any(named.get(other, named[entry]) != named[entry] for other in sharing):
+    ours = named.get(entry) if entry is not None else None
+    sharing = index.tied.get(entry, ()) if entry is not None and ours is not None else ()
+    if any(named.get(other, ours) != ours for other in sharing):
         sharing = ()
     found = []
     for path, indices in named.items():
@@ -70,6 +71,13 @@ def select_rows(index: ModuleIndex, wanted: Sequence[int] | Mapping[str, Sequenc
                 stacklevel=6,
             )
     return tuple(found)
+
+
+def table_of(module: nn.Module) -> nn.Parameter:
+    """The (V, D) weight of an embedding or a head."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def _named(index: ModuleIndex, wanted: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -101,7 +109,7 @@ def _check_table(slot: Slot, indices: tuple[int, ...]) -> None:
             f"{FIELD} matches {slot.path!r}, a {type(slot.module).__name__}, which is no plain embedding table or "
             "head whose rows are tokens; name one that is."
         )
-    rows = slot.module.weight.shape[0]
+    rows = table_of(slot.module).shape[0]
     beyond = [index for index in indices if index >= rows]
     if beyond:
         raise TargetError(

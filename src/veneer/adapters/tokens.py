@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.index import Slot
 from veneer.adapters.layer import relabel
-from veneer.adapters.rows import FIELD, TokenRows
+from veneer.adapters.rows import FIELD, TokenRows, table_of
 from veneer.core.errors import MergeError, UsageError, listed
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -30,12 +30,17 @@ KEY = "token_adapter.trainable_tokens_delta"
 class TokenAdapter(nn.Module):
     """A table and the rows that adapters put in the place of its own, under PEFT's names."""
 
+    base_layer: nn.Module
+    trainable_tokens_delta: nn.ParameterDict
+    token_indices: dict[str, tuple[int, ...]]
+    live: tuple[str, ...]
+
     def __init__(self, base_layer: nn.Module, shares: TokenAdapter | None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict() if shares is None else shares.trainable_tokens_delta
-        self.token_indices: dict[str, tuple[int, ...]] = {} if shares is None else shares.token_indices
-        self.live: tuple[str, ...] = ()
+        self.token_indices = {} if shares is None else shares.token_indices
+        self.live = ()
         self.training = base_layer.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,12 +69,13 @@ class TokenAdapter(nn.Module):
         module = self.base_layer
         ids_K = torch.tensor(self.token_indices[name], device=x_ND.device)
         rows_KD = self.trainable_tokens_delta[name].to(module.weight.dtype)
-        bias_K = None if module.bias is None else module.bias[ids_K]
+        bias_V = module._parameters["bias"]
+        bias_K = None if bias_V is None else bias_V[ids_K]
         return y_NV.index_copy(-1, ids_K, F.linear(x_ND, rows_KD, bias_K).to(y_NV.dtype))
 
     def table(self, names: Iterable[str], W_VD: Tensor | None = None) -> Tensor:
         """The (V, D) table, or another one in its place, with the rows of some adapters; differentiable in them."""
-        W_VD = self.base_layer.weight if W_VD is None else W_VD
+        W_VD = table_of(self.base_layer) if W_VD is None else W_VD
         for name in names:
             ids_K = torch.tensor(self.token_indices[name], device=W_VD.device)
             W_VD = W_VD.index_copy(0, ids_K, self.trainable_tokens_delta[name].to(W_VD))
@@ -139,7 +145,7 @@ class TokenBank:
         self._check(rows, list(whole))
         found = {}
         for each in rows:
-            W_VD = self.unmerged.get(each.slot.path, each.slot.module.weight).detach()
+            W_VD = self.unmerged.get(each.slot.path, table_of(each.slot.module)).detach()
             start_KD = each.values
             if start_KD is None:
                 start_KD = W_VD[torch.tensor(each.indices, device=W_VD.device)]
@@ -227,7 +233,7 @@ class TokenBank:
         for path, parameter in self.of(name).items():
             if parameter.is_meta:
                 adapter = self.wrappers[path].token_adapter
-                here = torch.empty_like(parameter, device=adapter.base_layer.weight.device)
+                here = torch.empty_like(parameter, device=table_of(adapter.base_layer).device)
                 adapter.trainable_tokens_delta[name] = nn.Parameter(here, requires_grad=parameter.requires_grad)
 
     def unties(self, names: Sequence[str], tied: Mapping[str, Sequence[str]]) -> str | None:
@@ -263,7 +269,7 @@ class TokenBank:
             here = [name for name in names if path in self.covered(name)]
             if not here:
                 continue
-            before: nn.Parameter = adapter.base_layer.weight  # type: ignore[assignment]
+            before = table_of(adapter.base_layer)
             # Modules that share table and rows go on sharing them.
             key = (id(before), *(id(adapter.trainable_tokens_delta[name]) for name in here))
             if key not in made:
@@ -288,7 +294,7 @@ class TokenBank:
         """Give every table its original weight back, the very same tensor."""
         for path, original in self.unmerged.items():
             module = self.wrappers[path].token_adapter.base_layer
-            now: nn.Parameter = module.weight  # type: ignore[assignment]
+            now = table_of(module)
             if (original.device, original.dtype) != (now.device, now.dtype):
                 # The model was moved or cast while merged, and the kept tensor was out of sight of ``to()``.
                 original.data = original.data.to(now.device, now.dtype)
