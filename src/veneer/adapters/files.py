@@ -290,7 +290,8 @@ def _other_model(config: PeftConfig) -> str:
 
 def _embedding_paths(adapted: AdaptedModel) -> list[str]:
     paths = dict.fromkeys((adapted.index.input_path, adapted.index.output_path))
-    return [path for path in paths if path is not None]
+    # A vision model calls the module that cuts its image into patches an embedding; that is no table of tokens.
+    return [path for path in paths if path is not None and "weight" in adapted.index.slots[path].module._parameters]
 
 
 def _embeddings_to_save(

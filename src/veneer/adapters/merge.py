@@ -160,11 +160,19 @@ def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -
     layer = adapted.layers[path]
     with torch.no_grad():
         for name in names:
-            # On meta, where it costs nothing: whether the update has a place in the weight at all.
-            layer.base.delta(*(torch.empty(s, device="meta") for s in layer.base.factor_shapes(layer.r[name])))
+            check_place(layer, name)
             merged_bias(layer, [name], _bias(layer))
             if safe and not layer.changed(layer.original.weight(), [name]).isfinite().all():
                 raise MergeError(f"Merging {name!r} into {path!r} gives values that are not finite.")
+
+
+def check_place(layer: AdaptedLayer, name: str) -> None:
+    """Check, on the meta device, that an adapter's update has a place in the weight of a layer.
+
+    Raises:
+        MergeError: it has none.
+    """
+    layer.base.delta(*(torch.empty(shape, device="meta") for shape in layer.base.factor_shapes(layer.r[name])))
 
 
 def _merge_layer(

@@ -21,7 +21,7 @@ from veneer.adapters.files import AdapterFiles, Fitted, fit, same_values, warn_o
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import activate
 from veneer.adapters.loading import place, warn_of_own
-from veneer.adapters.merge import mark_untied, merged_bias, untied_by
+from veneer.adapters.merge import check_place, mark_untied, merged_bias, untied_by
 from veneer.core import registry
 from veneer.core.config import TunerConfig
 from veneer.core.disk import write_text, write_whole
@@ -189,9 +189,12 @@ class StreamingMerge:
         if empty:
             raise NotStreamableError(f"the adapter's tensors on {listed(empty, most=3)} are made from the base's")
         for layer in self.adapted.layers.values():
+            here = [name for name in self.names if name in layer.specs]
+            for name in here:
+                check_place(layer, name)
             leaf = layer.base.bias_name()
             if leaf is None or layer.base_layer._parameters[leaf] is None:
-                merged_bias(layer, [name for name in self.names if name in layer.specs], None)
+                merged_bias(layer, here, None)
         self.added = [name for name in self.places if name in self.whole and name not in held]
 
 
