@@ -41,7 +41,12 @@ SURFACE = {
     },
     "eval": {"--data", "--model", "--adapter", "--dtype", "--task", "--max-length", "--train-on", "--batch-size"},
     "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--force"},
+    "extract": {
+        *("--base", "--tuned", "--r", "--energy", "--output", "--force"),
+        *("--target-modules", "--exclude-modules", "--modules-to-save"),
+    },
     "resize": {"--r", "--energy", "--output", "--force"},
+    "export": {"--check", "--to", "--model", "--output", "--max-lora-rank", "--force"},
     "inspect": {"--task"} | ADAPTER_FLAGS,
     "env": set(),
 }

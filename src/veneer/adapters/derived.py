@@ -49,13 +49,18 @@ class FileLayer:
     bias: Tensor | None
     """(O,) bias beside B, without the scaling."""
 
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (R, I), B (O, R) and the factor of their product. With a start, two pairs are stacked."""
+        A, B = self.A.flatten(1), self.B.flatten(1)
+        if self.started is None:
+            return A, B, self.scaling
+        A0, B0 = (factor.flatten(1) for factor in self.started)
+        return torch.cat([A, A0]), torch.cat([B.double() * self.scaling, -B0.double()], 1), 1.0
+
     def product(self) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R) in float64 whose product is the update."""
-        A, B = self.A.flatten(1).double(), self.B.flatten(1).double() * self.scaling
-        if self.started is None:
-            return A, B
-        A0, B0 = (factor.flatten(1).double() for factor in self.started)
-        return torch.cat([A, A0]), torch.cat([B, -B0], 1)
+        A, B, scaling = self.factors()
+        return A.double(), B.double() * scaling
 
     def stored(self, A_RI: Tensor, B_OR: Tensor) -> dict[str, Tensor]:
         """New factors in the shapes and dtypes of these, keyed by their names."""

@@ -165,12 +165,13 @@ def _readable(path: str) -> bool:
 
 
 def numbers(config: TunerConfig, path: str) -> tuple[int, float]:
-    """The rank and alpha that a config gives the layer of a path: the first pattern that it ends in, else its own."""
+    """The rank and alpha that a config gives the layer of a path."""
+    return int(first_match(config.ranks, path, config.r)), float(first_match(config.alphas, path, config.alpha))
 
-    def first(patterns: Mapping[str, float], default: float) -> float:
-        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
-    return int(first(config.ranks, config.r)), float(first(config.alphas, config.alpha))
+def first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first of these patterns that a path ends in, as PEFT reads rank_pattern and alpha_pattern."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def names_for(index: ModuleIndex, paths: Iterable[str]) -> tuple[list[str], list[str] | None]:

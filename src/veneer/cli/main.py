@@ -18,11 +18,13 @@ import typer
 from veneer.cli.demo import demo
 from veneer.cli.env import env
 from veneer.cli.eval import evaluate
+from veneer.cli.export import export
+from veneer.cli.extract import extract
 from veneer.cli.flags import show_flags
 from veneer.cli.generate import generate
 from veneer.cli.inspect import inspect_model
 from veneer.cli.merge import merge
-from veneer.cli.output import console, for_humans, quiet_libraries, write_document
+from veneer.cli.output import Outcome, console, for_humans, quiet_libraries, write_document
 from veneer.cli.resize import resize
 from veneer.cli.train import train
 from veneer.core.errors import VeneerError, nearest
@@ -33,11 +35,14 @@ VERBS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "eval": evaluate,
     "merge": merge,
+    "extract": extract,
     "resize": resize,
+    "export": export,
     "inspect": inspect_model,
     "env": env,
 }
-"""Every verb with its command. A command prints for humans and returns what ``--json`` writes."""
+"""Every verb with its command. A command prints for humans and returns what ``--json`` writes,
+or an ``Outcome`` with an exit code beside it."""
 
 DEBUG = "VENEER_DEBUG"
 """The environment variable that asks for the traceback of an error."""
@@ -99,9 +104,10 @@ def _run(arguments: Sequence[str], document: TextIO | None) -> int:
         return _failed(f"Unexpected error, {text} (set {DEBUG}=1 to see where).", 1, document, error)
     if isinstance(result, int):
         return _failed("Interrupted.", result, document) if result == 130 else result
-    if document is not None and result is not None:
-        write_document(document, result)
-    return 0
+    outcome = result if isinstance(result, Outcome) else Outcome(result)
+    if document is not None and outcome.result is not None:
+        write_document(document, outcome.result)
+    return outcome.code
 
 
 def _failed(message: str, code: int, document: TextIO | None, error: BaseException | None = None) -> int:

@@ -15,11 +15,22 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, final
 
 from rich.console import Console
 
 _PIPED_WIDTH = 120
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a verb returns that may fail and still has a result."""
+
+    result: Any
+    """What ``--json`` writes."""
+    code: int = 0
+    """The exit code."""
 
 
 def console(*, stderr: bool = False) -> Console:

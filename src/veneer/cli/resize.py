@@ -29,7 +29,7 @@ def resize(
     from veneer.adapters import files
     from veneer.adapters.derived import check_output, write
     from veneer.adapters.resize import resize as resized
-    from veneer.report.approximations import approximation_table, error_overall, kept_overall, percent
+    from veneer.report.approximations import approximation_table, error_overall, kept_overall, percent, shown_ranks
     from veneer.report.tables import facts, megabytes
     from veneer.tasks.loading import adapter_folder
 
@@ -45,11 +45,10 @@ def resize(
     figures = {"made from": f"{folder}, resized to {wanted}", "energy kept": percent(kept)}
     size = write(output, new, figures=figures, beside=folder)
     before = sum(tensor.numel() * tensor.element_size() for tensor in read.tensors.values())
-    ranks = sorted({layer.r for layer in layers})
     shown = {
         "energy kept": percent(kept),
         "relative error": f"{error_overall(layers):.2g}",
-        "ranks": f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ranks[0],
+        "ranks": shown_ranks(layers),
         "size": f"{megabytes(before)} before, {megabytes(size)} now",
         "written to": str(output),
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from veneer.adapters.extract import LeftOutTensor
 from veneer.core.records import ApproximatedLayer
 from veneer.report.tables import table
 
@@ -33,6 +34,26 @@ def percent(share: float) -> str:
     '99.99 %'
     """
     return f"{math.floor(share * 10_000 + 1e-6) / 100:.2f} %"
+
+
+def shown_ranks(layers: Sequence[ApproximatedLayer]) -> str:
+    """The rank of the layers, or the lowest and the highest."""
+    ranks = sorted({layer.r for layer in layers})
+    return f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
+
+
+def left_out_table(tensors: Sequence[LeftOutTensor]) -> Table:
+    """Tensors that an adapter does not have, those of one name in one row, the numbers of layers replaced by a star."""
+    headings = ("tensor", "what", "tensors", "largest change")
+    made = table(*headings, title="Changed and not in the adapter", numbers=("tensors", "largest change"))
+    groups: dict[tuple[str, str], list[float | None]] = {}
+    for tensor in tensors:
+        folded = ".".join("*" if part.isdigit() else part for part in tensor.name.split("."))
+        groups.setdefault((folded, tensor.how), []).append(tensor.relative)
+    for (name, how), changes in groups.items():
+        known = [change for change in changes if change is not None]
+        made.add_row(name, how, str(len(changes)), f"{max(known):.2%}" if known else "-")
+    return made
 
 
 def approximation_table(layers: Sequence[ApproximatedLayer]) -> Table:

@@ -1,0 +1,84 @@
+"""The parameters of a pretrained model by name, read from its files one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import safetensors
+from torch import Tensor, nn
+
+from veneer.adapters.streaming import Shard
+from veneer.core.errors import UsageError
+
+
+@final
+class Checkpoint:
+    """What a model's files hold. A tensor is read when it is asked for, and not kept.
+
+    Args:
+        model: the model, which may be on the meta device; it says which parameters are one under several names.
+        shards: its files.
+    """
+
+    def __init__(self, model: nn.Module, shards: Sequence[Shard]) -> None:
+        self._homes = {name: (shard, key) for shard in shards for key, name in shard.names.items()}
+        self._open: dict[str, Any] = {}
+        groups: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+        self._aliases = {
+            name: next((other for other in names if other in self._homes), name)
+            for names in groups.values()
+            for name in names
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return self._home(name) in self._homes
+
+    def names(self) -> list[str]:
+        """The names that the files hold, one for each tensor."""
+        return list(self._homes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter; its values are not read."""
+        file, key = self._place(name)
+        return tuple(file.get_slice(key).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values, in the dtype of the file.
+
+        Raises:
+            UsageError: the files do not hold it, or one of them is broken.
+        """
+        file, key = self._place(name)
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def _home(self, name: str) -> str:
+        return name if name in self._homes else self._aliases.get(name, name)
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        home = self._home(name)
+        if home not in self._homes:
+            raise UsageError(f"The model's files hold no {name!r}.")
+        shard, key = self._homes[home]
+        path = str(shard.path)
+        if path not in self._open:
+            try:
+                self._open[path] = safetensors.safe_open(path, framework="pt")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UsageError(f"{path!r} is not a complete safetensors file: {error}.") from None
+        return self._open[path], key
+
+
+@contextlib.contextmanager
+def lent(module: nn.Module, leaf: str, values: Tensor) -> Iterator[None]:
+    """Give a module on the meta device the values of one parameter, for the length of a ``with`` block."""
+    empty = module._parameters[leaf]
+    try:
+        module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+        yield
+    finally:
+        module._parameters[leaf] = empty
