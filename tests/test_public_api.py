@@ -23,8 +23,9 @@ FROZEN = [
     "UsageError",
     "VeneerError",
     "get_peft_model",
+    "prepare_model_for_kbit_training",
 ]
-HEAVY = ("transformers", "accelerate", "datasets", "matplotlib", "pydantic", "peft", "typer", "rich", "huggingface_hub")
+HEAVY = ("transformers", "accelerate", "datasets", "matplotlib", "pydantic", "peft", "typer", "rich", "huggingface_hub", "bitsandbytes")
 
 
 def test_public_names() -> None:

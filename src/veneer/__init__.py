@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.adapters.kbit import prepare_model_for_kbit_training
     from veneer.adapters.model import PeftModel, get_peft_model
     from veneer.core.config import LoraConfig, PeftConfig
     from veneer.core.errors import (
@@ -41,6 +42,7 @@ __all__ = [
     "UsageError",
     "VeneerError",
     "get_peft_model",
+    "prepare_model_for_kbit_training",
 ]
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "PeftModel": "veneer.adapters.model",
     "TaskType": "veneer.core.task_type",
     "get_peft_model": "veneer.adapters.model",
+    "prepare_model_for_kbit_training": "veneer.adapters.kbit",
 }
 
 

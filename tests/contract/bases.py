@@ -99,6 +99,25 @@ def _eight_bits(plain: nn.Module) -> nn.Module:
     return module.to("cpu")
 
 
+class _Rounded(nn.Module):
+    """A layer of 8 bits a weight that gives its weight back when asked, as HQQ's does."""
+
+    __module__ = "hqq.core.quantize"
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.scale = nn.Buffer(plain.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.W_q = nn.Parameter((plain.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = plain.bias
+
+    def dequantize(self) -> Tensor:
+        return self.W_q * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(), self.bias)
+
+
 CASES: dict[str, dict[str, BaseCase]] = {
     "linear": {
         "bias": BaseCase(lambda: nn.Linear(6, 5), _features),
@@ -115,6 +134,7 @@ CASES: dict[str, dict[str, BaseCase]] = {
         "fp4": BaseCase(lambda: nn.Linear(6, 5, bias=False), _features, lambda x: x, quantise=_four_bits("fp4", False)),
     },
     "bnb_8bit": {"bias": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x, quantise=_eight_bits)},
+    "quantised": {"bias": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x, quantise=_Rounded)},
     "conv1d": {"bias": BaseCase(_conv1d, _features)},
     "embedding": {
         "plain": BaseCase(lambda: nn.Embedding(9, 5), _ids, _one_hot),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.index import lies_in
+from veneer.adapters.index import lies_in, shape_of
 
 _PARAMETERS = 64
 _VALUES = 8
@@ -34,7 +34,7 @@ def fingerprint(
     sampled = [name for name in names if "bias" not in name]
     sampled = sampled[:: max(1, len(sampled) // _PARAMETERS)]
     for name in names:
-        shapes.update(f"{name}{tuple(adapted.original(name).shape)}".encode())
+        shapes.update(f"{name}{shape_of(adapted.original(name))}".encode())
     known = True
     for name in sampled:
         parameter = adapted.original(name) if read is None else read(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -54,7 +55,7 @@ class ModuleIndex:
                 if parameter is None:
                     continue
                 if id(parameter) not in owners:
-                    self.parameter_sizes[f"{prefix}{name}"] = parameter.numel()
+                    self.parameter_sizes[f"{prefix}{name}"] = math.prod(shape_of(parameter))
                 if parameter.requires_grad:
                     trainable.add(f"{prefix}{name}")
                 owners.setdefault(id(parameter), []).append(prefix[:-1])
@@ -117,6 +118,12 @@ class ModuleIndex:
         return {suffix: tuple(paths) for suffix, paths in suffixes.items()}
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of what a parameter stands for: bitsandbytes packs two values of 4 bits into a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if state is None else state.shape)
+
+
 def view(slot: Slot) -> AbstractBase:
     """The base over a module that can be adapted."""
     assert slot.kind is not None
@@ -136,7 +143,7 @@ def _bases() -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
 
 def _kind(module: nn.Module, places: list[tuple[nn.Module, str]]) -> str | None:
     # Some quantised linear layers keep everything in buffers or packed away.
-    if not module._parameters and "in_features" not in module.__dict__:
+    if not module._parameters and not module._buffers and "in_features" not in module.__dict__:
         return None
     if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in places):
         # That module reads its children's weights and never calls them: a wrapper there would do nothing.

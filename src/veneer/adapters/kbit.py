@@ -5,6 +5,7 @@ Merging ``W + dW`` back into 4 bits rounds most of the update away, so that is n
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -78,6 +79,17 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
 def quantised_slots(index: ModuleIndex) -> list[Slot]:
     """The layers of a model that are stored in a few bits."""
     return [slot for slot in index.slots.values() if slot.kind and isinstance(view(slot), QuantisedBase)]
+
+
+def bytes_per_weight(slots: Iterable[Slot]) -> float | None:
+    """Bytes that quantised layers take for each of their weights, scales and tables included; None without any."""
+    weights, held = 0, {}
+    for slot in slots:
+        base = view(slot)
+        assert isinstance(base, QuantisedBase)
+        weights += math.prod(base.shape())
+        held.update({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in base.stored()})
+    return sum(held.values()) / weights if weights else None
 
 
 def settle(slots: Iterable[Slot]) -> None:

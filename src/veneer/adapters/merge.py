@@ -180,11 +180,11 @@ def _merge_layer(
 ) -> None:
     """Merge these adapters on top of those that are merged already, all from the original weight."""
     every = [*layer.merged_adapters, *names]
-    if names and isinstance(layer.original, QuantisedBase):
+    original = layer.original
+    if names and isinstance(original, QuantisedBase):
         assert into is not None
         with torch.no_grad():
-            bias = merged_bias(layer, every, _first_bias(layer))
-            merge_quantised(adapted, layer, every, into, bias)
+            merge_quantised(adapted, layer, every, into, merged_bias(layer, every, original.bias()))
         if not reversible:
             layer.keep_stand_in()
         layer.merged_adapters = every
@@ -206,13 +206,6 @@ def _merge_layer(
 def _bias(layer: AdaptedLayer) -> Tensor | None:
     name = layer.base.bias_name()
     return None if name is None else layer.base_layer._parameters[name]
-
-
-def _first_bias(layer: AdaptedLayer) -> Tensor | None:
-    """The bias of a quantised layer before any merge."""
-    original = layer.original
-    name = original.bias_name()
-    return None if name is None else original.module._parameters[name]
 
 
 def merged_bias(layer: AdaptedLayer, names: Sequence[str], bias: Tensor | None) -> Tensor | None:

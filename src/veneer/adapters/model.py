@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from veneer.adapters import combine, files, lifecycle
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.index import lies_in
+from veneer.adapters.index import lies_in, shape_of
 from veneer.adapters.inject import check_name, inject
 from veneer.adapters.loading import load_into
 from veneer.adapters.trainer import apparent_class, forward_like, leave_for_trainer, with_base
@@ -434,7 +435,8 @@ class PeftModel(nn.Module):
             for parameter in slot.module._parameters.values()
         }
         counted = [parameter for parameter in self.parameters() if id(parameter) not in unused]
-        return sum(p.numel() for p in counted if p.requires_grad), sum(p.numel() for p in counted)
+        sizes = [(math.prod(shape_of(p)), p.requires_grad) for p in counted]
+        return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters learn, of how many."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core import registry
-from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype
+from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype, plain_linear
 from veneer.core.variant import ParameterSpec
 
 STANDING = "initial_weight"
@@ -66,7 +66,7 @@ def with_weight(base: AbstractBase, W_OI: Tensor) -> AbstractBase:
     """The base over a stand-in for its module that has another weight; the module itself is not touched."""
     if isinstance(base, QuantisedBase):
         # Quantised again, it would not be the weight that the adapter stands on.
-        plain: AbstractBase = registry.load("bases", "linear").Base(base.plain(W_OI))
+        plain: AbstractBase = registry.load("bases", "linear").Base(plain_linear(W_OI, base.bias()))
         return plain
     other = type(base)(shell(base.module), base.leaf)
     other.replace(W_OI)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.base import Into, QuantisedBase, plain_linear, product
+from veneer.core.base import Into, QuantisedBase, product
 from veneer.kernels.lora_linear import low_rank
 from veneer.kernels.lora_quantised import lora_quantised, runs_plain
 
@@ -101,8 +101,18 @@ class Base(QuantisedBase):
     def check_merge(self, into: Into) -> None:
         """Both can be done."""
 
-    def plain(self, W_OI: Tensor) -> nn.Linear:
-        return plain_linear(W_OI, self.module.bias)  # type: ignore[arg-type]
+    def stored(self) -> list[Tensor]:
+        stored: Any = self.module.weight
+        state = _state(self.module)
+        found = [stored.data]
+        if state is not None:
+            found += [state.absmax, state.code]
+            found += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return found
+
+    def bias(self) -> Tensor | None:
+        own: Any = self.module.bias
+        return own  # type: ignore[no-any-return]
 
     def frozen(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
@@ -114,8 +124,7 @@ class Base(QuantisedBase):
         if not runs_plain(self.module):
             y = self.frozen(x)
             return y + self.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
-        own: Any = self.module.bias
-        y = lora_quantised(x, own, A, B, scaling, product=self.frozen, read=self.weight, dropout=dropout)
+        y = lora_quantised(x, self.bias(), A, B, scaling, product=self.frozen, read=self.weight, dropout=dropout)
         return y if bias is None else y + (bias * scaling).to(y.dtype)
 
     def low_rank(
@@ -146,8 +155,11 @@ def _rewritten(state: Any) -> bool:
 def _written_back(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    original: tuple[Tensor, Any] = _convert_weight_packed_for_cpu_inverse(data, state)
-    return original
+    original, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    if not state.nested:
+        # It turned the scales round, and leaves them so unless they were quantised.
+        state.absmax = state.absmax.t().reshape(-1).float()
+    return original, state
 
 
 def _format(stored: Any) -> dict[str, Any]:

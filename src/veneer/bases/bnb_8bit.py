@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.base import Into, QuantisedBase, plain_linear, product
+from veneer.core.base import Into, QuantisedBase, product
 from veneer.kernels.lora_linear import low_rank
 from veneer.kernels.lora_quantised import lora_quantised, runs_plain
 
@@ -80,8 +80,13 @@ class Base(QuantisedBase):
     def check_merge(self, into: Into) -> None:
         """Both can be done."""
 
-    def plain(self, W_OI: Tensor) -> nn.Linear:
-        return plain_linear(W_OI, self.module.bias)  # type: ignore[arg-type]
+    def stored(self) -> list[Tensor]:
+        stored: Any = self.module.weight
+        return [stored.data] if stored.is_floating_point() else [stored.data, _scales(self.module)]
+
+    def bias(self) -> Tensor | None:
+        own: Any = self.module.bias
+        return own  # type: ignore[no-any-return]
 
     def frozen(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)
@@ -93,8 +98,7 @@ class Base(QuantisedBase):
         if not runs_plain(self.module):
             y = self.frozen(x)
             return y + self.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
-        own: Any = self.module.bias
-        y = lora_quantised(x, own, A, B, scaling, product=self.frozen, read=self.weight, dropout=dropout)
+        y = lora_quantised(x, self.bias(), A, B, scaling, product=self.frozen, read=self.weight, dropout=dropout)
         return y if bias is None else y + (bias * scaling).to(y.dtype)
 
     def low_rank(

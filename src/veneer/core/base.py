@@ -140,8 +140,12 @@ class QuantisedBase(InputBase):
         """
 
     @abstractmethod
-    def plain(self, W_OI: Tensor) -> nn.Linear:
-        """An unquantised layer with this weight and the module's own bias."""
+    def stored(self) -> list[Tensor]:
+        """All tensors that W is stored in, its scales and tables included."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """The bias that the module adds, wherever it keeps it."""
 
 
 class WeightBase(AbstractBase):
