@@ -6,7 +6,7 @@ after the first adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from veneer.adapters.biases import BiasBank
 from veneer.adapters.index import ModuleIndex
 from veneer.adapters.layer import AdaptedLayer, SharedTensors
+from veneer.adapters.routing import Router, forward, with_names
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.tokens import TokenBank
 from veneer.core.base import Into
@@ -34,7 +35,8 @@ class AdaptedModel(nn.Module):
         self.layers: dict[str, AdaptedLayer] = {}
         self.saved: dict[str, ModulesToSaveWrapper] = {}
         self.biases = BiasBank()
-        self.tokens = TokenBank()
+        self.router = Router()
+        self.tokens = TokenBank(self.router)
         self.peft_config: dict[str, PeftConfig] = {}
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
@@ -46,8 +48,11 @@ class AdaptedModel(nn.Module):
             )
         self.training = model.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._modules["model"](*args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's output; with ``adapter_names``, each row of the batch through the adapter of its name."""
+        if adapter_names is None and self.router.idle:
+            return self._modules["model"](*args, **kwargs)  # type: ignore[misc]
+        return forward(self, adapter_names, args, kwargs)
 
     def layers_of(self, name: str) -> dict[str, AdaptedLayer]:
         """The layers that an adapter is on."""
@@ -113,4 +118,5 @@ class AdaptedModel(nn.Module):
             model = self.__dict__.get("_modules", {}).get("model")
             if model is None or name.startswith("__"):
                 raise
-            return getattr(model, name)
+            found = getattr(model, name)
+            return with_names(self, found) if name == "generate" else found

@@ -15,6 +15,7 @@ from veneer.adapters.kbit import quantised_slots, settle
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.rebase import STANDING, initial_tensors
+from veneer.adapters.routing import BASE
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.targets import Selection, Target, select
 from veneer.core import registry
@@ -103,6 +104,8 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: the name is not letters, digits, "_", "-" and spaces, or collides with torch's own.
     """
+    if name == BASE:
+        raise UsageError(f"{name!r} stands for the base model in adapter_names and cannot name an adapter.")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w\- ]*", name):
         raise UsageError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'.")
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
@@ -198,10 +201,11 @@ def _commit(
         )
         if path not in adapted.layers:
             adapted.layers[path] = layers[path]
+            layers[path].router = adapted.router
             adapted.hang(path, layers[path])
     for slot in selection.saved:
         if slot.path not in adapted.saved:
-            adapted.saved[slot.path] = ModulesToSaveWrapper(slot.module)
+            adapted.saved[slot.path] = ModulesToSaveWrapper(slot.module, adapted.router)
             adapted.hang(slot.path, adapted.saved[slot.path])
         adapted.saved[slot.path].modules_to_save[name] = copies[slot.path]
     if selection.biases:

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from veneer.adapters.rebase import shell, standing, standing_weight
+from veneer.adapters.routing import Router
 from veneer.core import registry
 from veneer.core.base import AbstractBase, InputBase, WeightBase, merge_dtype
 from veneer.core.variant import AbstractVariant, ParameterSpec
+
+_ALONE = Router()
+"""The router of a layer that stands in no model yet; never used."""
 
 
 @final
@@ -41,6 +45,7 @@ class AdaptedLayer(nn.Module):
     live: tuple[str, ...]
     unmerged: dict[str, nn.Parameter | None] | None
     aside: nn.Module | None
+    router: Router
 
     def __init__(self, base_layer: nn.Module, kind: str, leaf: str = "weight") -> None:
         super().__init__()
@@ -64,6 +69,7 @@ class AdaptedLayer(nn.Module):
             live=(),
             unmerged=None,
             aside=None,
+            router=_ALONE,
             training=base_layer.training,
         )
 
@@ -226,6 +232,11 @@ class AdaptedLayer(nn.Module):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.router.idle:
+            routing = self.router.current
+            if routing is not None:
+                return routing.through(self, args, kwargs)
+            self.router.check_told()
         if not self.live:
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         if issubclass(self.base_class, WeightBase):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.index import Slot
 from veneer.adapters.layer import relabel
+from veneer.adapters.routing import Router
 from veneer.adapters.rows import FIELD, TokenRows, table_of
 from veneer.core.errors import MergeError, UsageError, listed
 
@@ -35,8 +36,9 @@ class TokenAdapter(nn.Module):
     token_indices: dict[str, tuple[int, ...]]
     live: tuple[str, ...]
 
-    def __init__(self, base_layer: nn.Module, shares: TokenAdapter | None) -> None:
+    def __init__(self, base_layer: nn.Module, shares: TokenAdapter | None, router: Router) -> None:
         super().__init__()
+        self.router = router
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict() if shares is None else shares.trainable_tokens_delta
         self.token_indices = {} if shares is None else shares.token_indices
@@ -45,10 +47,18 @@ class TokenAdapter(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        add = self._looked_up if isinstance(self.base_layer, nn.Embedding) else self._scored
+        if not self.router.idle:
+            routing = self.router.current
+            if routing is not None:
+                return routing.through_tokens(self, x, y)
+            self.router.check_told()
         for name in self.live:
-            y = add(name, x, y)
+            y = self.with_rows(name, x, y)
         return y
+
+    def with_rows(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """The table's output with an adapter's rows in the place of its own."""
+        return (self._looked_up if isinstance(self.base_layer, nn.Embedding) else self._scored)(name, x, y)
 
     def _looked_up(self, name: str, x_N: Tensor, y_ND: Tensor) -> Tensor:
         module = self.base_layer
@@ -98,9 +108,9 @@ class TrainableTokensWrapper(nn.Module):
     ``weight`` is the table in use, for models that multiply by their embedding without calling it.
     """
 
-    def __init__(self, module: nn.Module, shares: TokenAdapter | None) -> None:
+    def __init__(self, module: nn.Module, shares: TokenAdapter | None, router: Router) -> None:
         super().__init__()
-        self.token_adapter = TokenAdapter(module, shares)
+        self.token_adapter = TokenAdapter(module, shares, router)
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +123,11 @@ class TrainableTokensWrapper(nn.Module):
             if "token_adapter" not in self.__dict__.get("_modules", {}) or name.startswith("__"):
                 raise
             adapter = self.token_adapter
+            if name == "weight" and adapter.router.current is not None:
+                raise UsageError(
+                    "adapter_names cannot choose between the trained rows of this table: the model reads its weight "
+                    "instead of calling it; run the adapters one after the other."
+                ) from None
             return adapter.table(adapter.live) if name == "weight" and adapter.live else getattr(adapter, name)
 
 
@@ -120,7 +135,8 @@ class TrainableTokensWrapper(nn.Module):
 class TokenBank:
     """Every table of a model with trained rows, by path, and what is active or merged in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: Router) -> None:
+        self.router = router
         self.wrappers: dict[str, TrainableTokensWrapper] = {}
         self.slots: dict[str, Slot] = {}
         self.rows: dict[str, dict[str, TokenRows]] = {}
@@ -186,7 +202,10 @@ class TokenBank:
 
     def _wrap(self, slot: Slot, shares: TokenAdapter | None) -> TrainableTokensWrapper:
         if slot.path not in self.wrappers:
-            self.wrappers[slot.path], self.slots[slot.path] = TrainableTokensWrapper(slot.module, shares), slot
+            self.wrappers[slot.path], self.slots[slot.path] = (
+                TrainableTokensWrapper(slot.module, shares, self.router),
+                slot,
+            )
             _hang(slot, self.wrappers[slot.path])
         return self.wrappers[slot.path]
 
