@@ -8,6 +8,7 @@ import sys
 import veneer
 
 FROZEN = [
+    "AdaLoraConfig",
     "AdapterFileError",
     "BaseMismatchWarning",
     "ConfigError",

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         VeneerError,
     )
     from veneer.core.task_type import TaskType
+    from veneer.variants.adalora import AdaLoraConfig
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterFileError",
     "BaseMismatchWarning",
     "ConfigError",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaLoraConfig": "veneer.variants.adalora",
     "LoraConfig": "veneer.core.config",
     "PeftConfig": "veneer.core.config",
     "PeftModel": "veneer.adapters.model",

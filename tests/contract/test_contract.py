@@ -56,6 +56,8 @@ def config(variant: str, init: str = "kaiming", **more: Any) -> Any:
     found = registry.load("variants", variant).Variant
     known = {f.name for f in fields(found.config_class)}
     usual = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": init}
+    if "init_r" in known:
+        usual |= {"r": 8, "init_r": R, "target_r": 2, "total_step": 10}
     if "init_lora_weights" not in known and init != "kaiming":
         pytest.skip(f"{found.config_class.__name__} starts in its own way.")
     if "lora_dropout" in more and "lora_dropout" not in known:

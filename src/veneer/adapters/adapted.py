@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapters.biases import BiasBank
+from veneer.adapters.budget import RankBudget, penalty, update_and_allocate
 from veneer.adapters.index import ModuleIndex
 from veneer.adapters.layer import AdaptedLayer, SharedTensors
 from veneer.adapters.routing import Router, forward, with_names
@@ -41,6 +42,7 @@ class AdaptedModel(nn.Module):
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
         self.enabled = True
+        self.budgets: dict[str, RankBudget] = {}
         self.merged_into: Into | None = None
         if any(isinstance(slot.module, AdaptedLayer) for slot in self.index.slots.values()):
             raise UsageError(
@@ -51,7 +53,24 @@ class AdaptedModel(nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's output; with ``adapter_names``, each row of the batch through the adapter of its name."""
         if adapter_names is None and self.router.idle:
-            return self._modules["model"](*args, **kwargs)  # type: ignore[misc]
+            outputs = self._modules["model"](*args, **kwargs)  # type: ignore[misc]
+        if self.training and isinstance(getattr(outputs, "loss", None), Tensor):
+            more = penalty(self)
+            if more is not None:
+                outputs.loss = outputs.loss + more
+        return outputs
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Move AdaLoRA's budget on: after each optimiser step, before the gradients are cleared.
+
+        Args:
+            global_step: optimiser steps taken, this one included; the final budget is in force from step
+                ``total_step - tfinal`` on.
+
+        Raises:
+            UsageError: no active adapter is an AdaLoRA adapter that learns.
+        """
+        update_and_allocate(self, global_step)
         return forward(self, adapter_names, args, kwargs)
 
     def layers_of(self, name: str) -> dict[str, AdaptedLayer]:

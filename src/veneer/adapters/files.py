@@ -57,7 +57,7 @@ class Fitted:
 
 
 def adapter_state(
-    adapted: AdaptedModel, name: str, *, state_dict: Mapping[str, Tensor] | None = None
+    adapted: AdaptedModel, name: str, *, state_dict: Mapping[str, Tensor] | None = None, packed: bool = True
 ) -> dict[str, Tensor]:
     """Every tensor of an adapter, keyed as PEFT's files are.
 
@@ -66,6 +66,7 @@ def adapter_state(
         name: the adapter.
         state_dict: a full state dict to take values from, when the model's own are sharded; keyed as
             ``PeftModel.state_dict()``.
+        packed: only what of each tensor goes into a file (AdaLoRA leaves out ranks that it took away).
     """
     own: dict[str, tuple[str, Tensor]] = {}
     tensor: Tensor
@@ -99,6 +100,12 @@ def adapter_state(
                 raise AdapterFileError(f"The given state dict has no {PREFIX}{memory}; it must be the whole model's.")
             tensor = full
         found[f"{PREFIX}{disk}"] = tensor.detach()
+    if packed:
+        for path, layer in mine.items():
+            for key, spec in layer.specs[name].items():
+                if spec.saved:
+                    disk = f"{PREFIX}{path}.{spec.file_key or key}"
+                    found[disk] = layer.variants[name].in_file(key, found[disk], path, adapted.peft_config[name])
     return dict(sorted(found.items()))
 
 

@@ -491,7 +491,7 @@ class PeftModel(nn.Module):
         The latter go into the active adapter: that is how transformers' Trainer resumes without PEFT installed.
         """
         active = self.base_model.active_adapters
-        own = files.adapter_state(self.base_model, active[0]) if len(active) == 1 else {}
+        own = files.adapter_state(self.base_model, active[0], packed=False) if len(active) == 1 else {}
         if own.keys() != state_dict.keys() or any(own[key].shape != state_dict[key].shape for key in own):
             return super().load_state_dict(state_dict, strict, assign)
         with torch.no_grad():

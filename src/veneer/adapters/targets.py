@@ -104,7 +104,7 @@ class _Selector:
         targets = []
         for slot in slots:
             assert slot.kind is not None
-            r = int(ranks.get(slot.path, config.r))
+            r = int(ranks.get(slot.path, config.rank))
             alpha = alphas.get(slot.path, config.alpha)
             base = view(slot)
             if config.dropout and isinstance(base, WeightBase):

@@ -90,6 +90,11 @@ class TunerConfig(PeftConfig):
 
     @property
     @abstractmethod
+    def rank(self) -> int:
+        """The rank that layers start with, those apart that ``ranks`` names."""
+
+    @property
+    @abstractmethod
     def alpha(self) -> float:
         """The alpha of layers that ``alphas`` does not name."""
 
@@ -167,6 +172,10 @@ class LowRankConfig(TunerConfig):
         probability("lora_dropout", self.lora_dropout)
         self._check_patterns()
         self.init_lora_weights = _start(self.init_lora_weights)
+
+    @property
+    def rank(self) -> int:
+        return self.r
 
     @property
     def alpha(self) -> float:

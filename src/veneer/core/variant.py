@@ -124,6 +124,17 @@ class AbstractVariant(ABC):
             MergeError: the variant has a bias to merge and the module has no place for it.
         """
 
+    @abstractmethod
+    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
+        """What of a tensor goes into the adapter's file: the tensor itself, for most variants.
+
+        Args:
+            key: the tensor's key.
+            tensor: its value.
+            path: the layer's path in the base model.
+            config: the adapter's config as it is now.
+        """
+
 
 def factor_specs(base: AbstractBase, r: int, *, frozen_A: bool) -> dict[str, ParameterSpec]:
     """The two factors of a low-rank update on ``base``.

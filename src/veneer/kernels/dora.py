@@ -43,7 +43,8 @@ def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tenso
         square_O = torch.linalg.vector_norm(W, dim=1).square()
         cross_O = (WA_RO.t() * B).sum(1)
         own_O = ((B @ AA_RR) * B).sum(1)
-        return (square_O + (2 * scaling) * cross_O + scaling**2 * own_O).clamp_min(0).sqrt()
+        total_O: Tensor = square_O + (2 * scaling) * cross_O + scaling**2 * own_O
+        return total_O.clamp_min(0).sqrt()
 
 
 class _ScaleRows(torch.autograd.Function):

@@ -25,7 +25,8 @@ def lora_linear(
 
 def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """The norms of the rows of ``W + scaling * B A``."""
-    return (W_OI + scaling * B_OR @ A_RI).norm(dim=1).detach()
+    W = W_OI + scaling * B_OR @ A_RI
+    return W.square().sum(1).sqrt().detach()
 
 
 def scale_rows(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -114,6 +114,9 @@ class Variant(AbstractVariant):
     ) -> Tensor | None:
         return bias
 
+    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
+        return tensor
+
 
 def _scale(base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, scaling: float) -> Tensor:
     """(O,) magnitude over norm in float32 or wider; zero for a row of zeros, which has no direction."""
