@@ -257,6 +257,7 @@ def test_every_family(kind: str) -> None:
     [
         {"use_rslora": True, "lora_dropout": 0.1},
         {"lora_bias": True},
+        {"use_dora": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"layers.1.self_attn.v_proj": 1}},
@@ -330,6 +331,25 @@ def test_a_module_saved_whole_comes_along_as_it_is() -> None:
     assert all(torch.equal(biases[key], wanted[key]) for key in wanted)
     model.set_adapter("a")
     assert not torch.equal(wrapper.original_module.weight, wrapper.modules_to_save["a"].weight)
+
+
+# Variants whose update is no product of two factors
+
+
+def test_updates_of_dora_are_added_up() -> None:
+    model = made("llama", {"use_dora": True}, {})
+    report = model.add_weighted_adapter(["a", "b"], [1.0, -0.5], "new", "svd", svd_rank=16)
+    assert_updates(updates(model, "new"), expected(model, "ab", [1.0, -0.5]))
+    assert max(layer.error for layer in report) < 1e-6
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat"])
+def test_factors_of_dora_are_not_its_update(combination: str) -> None:
+    model = made("llama", {"use_dora": True}, {})
+    before = snapshot(model)
+    with pytest.raises(UsageError, match=r"'a' on .*q_proj' is no product of two factors"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", combination)
+    assert_same(before, snapshot(model))
 
 
 # What is refused

@@ -22,7 +22,7 @@ ADAPTER_FLAGS = {f"--{name.replace('_', '-')}" for name in adapter_fields()}
 RUN_FIELDS = (
     *("model", "data", "eval_data", "eval_fraction", "output", "task", "method", "epochs", "max_steps"),
     *("batch_size", "accumulation", "learning_rate", "schedule", "warmup", "weight_decay", "clip"),
-    *("gradient_checkpointing", "precision", "max_length", "train_on", "seed", "log_every", "eval_every"),
+    *("gradient_checkpointing", "quantize", "precision", "max_length", "train_on", "seed", "log_every", "eval_every"),
 )
 RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"}
 SURFACE = {
@@ -38,14 +38,19 @@ SURFACE = {
         "--top-p",
         "--seed",
         "--dtype",
+        "--quantize",
     },
-    "eval": {"--data", "--model", "--adapter", "--dtype", "--task", "--max-length", "--train-on", "--batch-size"},
+    "eval": {
+        *("--data", "--model", "--adapter", "--dtype", "--quantize"),
+        *("--task", "--max-length", "--train-on", "--batch-size"),
+    },
     "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--force"},
     "extract": {
         *("--base", "--tuned", "--r", "--energy", "--output", "--force"),
         *("--target-modules", "--exclude-modules", "--modules-to-save"),
     },
     "resize": {"--r", "--energy", "--output", "--force"},
+    "convert": {"--model", "--to", "--r", "--energy", "--output", "--force"},
     "export": {"--check", "--to", "--model", "--output", "--max-lora-rank", "--force"},
     "inspect": {"--task"} | ADAPTER_FLAGS,
     "env": set(),

@@ -82,3 +82,19 @@ def lent(module: nn.Module, leaf: str, values: Tensor) -> Iterator[None]:
         yield
     finally:
         module._parameters[leaf] = empty
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a model on the meta device its values where they lie in the files.
+
+    They are mapped, not copied: the system reads what is used, and lets go of it again when memory is short. Buffers
+    that no file holds stay empty, so the model can be read and not be run.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            name = f"{path}.{leaf}" if path else leaf
+            if parameter is not None and parameter.is_meta and name in checkpoint:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(checkpoint.read(name), requires_grad=False)
+                module._parameters[leaf] = made[id(parameter)]

@@ -8,11 +8,12 @@ Shape legend: O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from veneer.core.errors import UsageError
 from veneer.core.variant import AbstractVariant
 
 BIAS = "lora_B.bias"
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -93,55 +96,71 @@ def plain_config(
     source: TunerConfig,
     ranks: Mapping[str, int],
     *,
+    alphas: Mapping[str, float] | None = None,
     target_modules: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
     modules_to_save: list[str] | None = None,
     bias: Literal["none", "all", "lora_only"] = "none",
     lora_bias: bool = False,
 ) -> LoraConfig:
-    """The config of plain factors: one rank, a pattern for every layer that has another, and alpha equal to the rank.
+    """The config of plain factors: one rank and alpha, and a pattern for every layer that has another one.
 
     Args:
         source: whose task, base model and dropout it keeps; its targets too, when none are given.
         ranks: from the path of each layer to its rank.
+        alphas: from the path of each layer to its alpha; without them alpha equals the rank.
         target_modules: names that match exactly these layers.
         exclude_modules: names to leave out of them.
         modules_to_save: modules saved whole.
         bias: which biases of the base come along.
         lora_bias: whether there are biases beside B.
     """
-    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
-    patterns = pattern({path: r for path, r in ranks.items() if r != common}, ranks)
-    kept = (
-        {
-            "target_modules": source.target_modules,
-            "exclude_modules": source.exclude_modules,
-            "layers_to_transform": source.layers_to_transform,
-            "layers_pattern": source.layers_pattern,
+    given = {path: float(r) for path, r in ranks.items()} if alphas is None else alphas
+    r, alpha = int(_common(ranks)), _common(given)
+    fields: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": pattern({path: own for path, own in ranks.items() if own != r}, ranks),
+        "alpha_pattern": pattern({path: _whole(own) for path, own in given.items() if own != alpha}, ranks),
+        "modules_to_save": modules_to_save,
+        "bias": bias,
+        "lora_bias": lora_bias,
+    }
+    if target_modules is not None:
+        fields |= {
+            "target_modules": target_modules,
+            "exclude_modules": exclude_modules,
+            "layers_to_transform": None,
+            "layers_pattern": None,
         }
-        if target_modules is None
-        else {"target_modules": target_modules, "exclude_modules": exclude_modules}
-    )
-    return LoraConfig(
-        r=common,
-        lora_alpha=common,
-        rank_pattern=dict(patterns),
-        alpha_pattern=dict(patterns),
-        modules_to_save=modules_to_save,
-        bias=bias,
-        lora_bias=lora_bias,
-        lora_dropout=source.dropout,
-        fan_in_fan_out=source.fan_in_fan_out,
-        task_type=source.task_type,
-        auto_mapping=source.auto_mapping,
-        base_model_name_or_path=source.base_model_name_or_path,
-        revision=source.revision,
-        inference_mode=source.inference_mode,
-        **kept,
-    )
+    names = {f.name for f in dataclasses.fields(LoraConfig)}
+    if isinstance(source, LoraConfig):
+        # How it was trained and started is over; what else it is, such as trained tokens, stays.
+        fresh = LoraConfig()
+        over: dict[str, Any] = {name: getattr(fresh, name) for name in _OVER & names}
+        return dataclasses.replace(source, **over, **fields)
+    shared = {
+        f.name: getattr(source, f.name) for f in dataclasses.fields(TunerConfig) if f.name in names - {"peft_type"}
+    }
+    return LoraConfig(**{**shared, "lora_dropout": source.dropout, **fields})
 
 
-def pattern(values: Mapping[str, int], paths: Iterable[str]) -> dict[str, int]:
+_OVER = frozenset(
+    {"use_rslora", "use_dora", "use_lorafa", "init_lora_weights"}
+    | {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+)
+
+
+def _common(values: Mapping[str, float]) -> float:
+    """The value of the most layers; the largest of several."""
+    return max(Counter(values.values()).items(), key=lambda item: (item[1], item[0]))[0]
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def pattern(values: Mapping[str, N], paths: Iterable[str]) -> dict[str, N]:
     """A rank_pattern or alpha_pattern that gives each of these layers its value and touches no other one.
 
     Keys are read as regular expressions that a path may end in, in no order that a file would keep; so a path that

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from veneer.cli.convert import convert
 from veneer.cli.demo import demo
 from veneer.cli.env import env
 from veneer.cli.eval import evaluate
@@ -37,6 +38,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "merge": merge,
     "extract": extract,
     "resize": resize,
+    "convert": convert,
     "export": export,
     "inspect": inspect_model,
     "env": env,

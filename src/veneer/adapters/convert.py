@@ -1,0 +1,247 @@
+"""Any adapter as plain LoRA of the original base: exactly where it can be, and with a measured error elsewhere.
+
+- LoRA and rsLoRA keep their factors bit for bit; only alpha changes.
+- A start that took a part of the weight (PiSSA, OLoRA, ...) is stacked with what it took off, at twice the rank.
+- An update that is of low rank in another form (AdaLoRA, VeRA, ...) is decomposed into factors.
+- An update that is of full rank (DoRA) becomes its best approximation at the rank asked for.
+
+``convert_to_lora`` and ``save_as_lora`` have PEFT's names. The weights they make have alpha equal to the rank wherever
+factors had to be made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.derived import write
+from veneer.adapters.files import FINGERPRINT, PREFIX, AdapterFiles, adapter_state
+from veneer.adapters.fingerprint import fingerprint
+from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.lowrank import Rank, Spectrum, check_rank, spectrum_of, spectrum_of_product
+from veneer.adapters.plain import Factors, factors_of, plain_config, stored
+from veneer.core.config import LoraConfig, TunerConfig
+from veneer.core.errors import UsageError
+from veneer.core.records import ApproximatedLayer
+
+if TYPE_CHECKING:
+    from veneer.adapters.model import PeftModel
+
+_EXACT = 1e-6
+"""Singular values below this share of the largest are rounding: those of a product in float32 lie near 1e-7."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter as plain LoRA."""
+
+    config: LoraConfig
+    """Its config."""
+    tensors: dict[str, Tensor]
+    """Keyed as in its file."""
+    layers: tuple[ApproximatedLayer, ...]
+    """For each layer the rank before and after, and the error."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    A: Tensor
+    B: Tensor
+    alpha: float
+    record: ApproximatedLayer
+
+
+def convert(
+    adapted: AdaptedModel,
+    name: str,
+    rank: Rank | None = None,
+    *,
+    said: Callable[[int, int], None] = lambda done, of: None,
+) -> Converted:
+    """Write an adapter as plain LoRA.
+
+    Args:
+        adapted: the model with the adapter on it. Weights are read where an update depends on them.
+        name: the adapter.
+        rank: the rank of every layer, or the share of each layer's energy to keep. By default each layer has the
+            rank that makes it exact.
+        said: called with the number of layers that are done, and of all.
+
+    Raises:
+        UsageError: no such adapter, or without a rank an update that no low rank makes exact.
+    """
+    if rank is not None:
+        check_rank(rank)
+    adapted.require(name)
+    config = adapted.peft_config[name]
+    assert isinstance(config, TunerConfig)
+    layers = adapted.layers_of(name)
+    tensors: dict[str, Tensor] = {}
+    made: dict[str, _Made] = {}
+    with torch.no_grad():
+        for done, (path, layer) in enumerate(layers.items(), start=1):
+            one = made[path] = _layer(path, layer, name, rank)
+            bias = _bias(layer, name, one)
+            named = stored(layer.original, one.A, one.B, bias)
+            tensors |= {f"{PREFIX}{path}.{key}": tensor.clone() for key, tensor in named.items()}
+            said(done, len(layers))
+    new = plain_config(
+        config,
+        {path: one.record.r for path, one in made.items()},
+        alphas={path: one.alpha for path, one in made.items()},
+        modules_to_save=config.modules_to_save,
+        bias="none" if config.bias == "none" else "all" if config.bias == "all" else "lora_only",
+        lora_bias=any(key.endswith(".lora_B.bias") for key in tensors),
+    )
+    tensors |= _rest(adapted, name)
+    return Converted(new, dict(sorted(tensors.items())), tuple(one.record for one in made.values()))
+
+
+def _layer(path: str, layer: AdaptedLayer, name: str, rank: Rank | None) -> _Made:
+    r, scaling = layer.r[name], layer.scaling[name]
+    factors = factors_of(layer.variants[name], layer.original, layer.tensors(name), scaling=scaling, r=r)
+    if factors is not None and rank is None:
+        return _kept(path, factors, r)
+    if factors is not None:
+        A, B = factors.A.double() * factors.scaling, factors.B.double()
+        return _approximated(path, r, spectrum_of_product(A, B), rank, factors.A.dtype, lambda a, b: _norm(A, B, a, b))
+    change = layer.change(name)
+    spectrum = spectrum_of(change)
+    if rank is None:
+        rank = _exact_rank(path, spectrum, r)
+    return _approximated(
+        path, r, spectrum, rank, change.dtype, lambda a, b: float((change.double() - b.double() @ a.double()).norm())
+    )
+
+
+def _kept(path: str, factors: Factors, r: int) -> _Made:
+    """The factors as they are. With a start taken off, the scaling is in B already."""
+    new_r = factors.A.shape[0]
+    norm = math.sqrt(spectrum_of_product(factors.A, factors.B).energy) * factors.scaling
+    record = ApproximatedLayer(path, r, new_r, norm)
+    dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
+    return _Made(factors.A.to(dtype), factors.B.to(dtype), factors.scaling * new_r, record)
+
+
+def _approximated(
+    path: str,
+    r: int,
+    spectrum: Spectrum,
+    rank: Rank | None,
+    dtype: torch.dtype,
+    missed: Callable[[Tensor, Tensor], float],
+) -> _Made:
+    assert rank is not None
+    new_r = spectrum.rank_for(rank)
+    A, B = (factor.to(dtype) for factor in spectrum.factors(new_r))
+    norm = math.sqrt(spectrum.energy)
+    error = missed(A, B) / norm if norm else 0.0
+    return _Made(A, B, float(new_r), ApproximatedLayer(path, r, new_r, norm, spectrum.kept(new_r), error))
+
+
+def _norm(A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor) -> float:
+    """The norm of ``B A - new_B new_A``, in the small space of all four."""
+    stacked = spectrum_of_product(torch.cat([A, new_A.double()]), torch.cat([B, -new_B.double()], 1))
+    return math.sqrt(stacked.energy)
+
+
+def _exact_rank(path: str, spectrum: Spectrum, r: int) -> int:
+    """The number of singular values above rounding, if it is a low one."""
+    values = spectrum.values
+    count = max(1, int((values > _EXACT * values[0]).sum()))
+    if count == len(values) and count > r:
+        raise UsageError(
+            f"The update of {path!r} has the full rank of {count}, so no plain LoRA is exactly it; say how closely it "
+            "is to be met, with a rank or a share of the energy to keep."
+        )
+    return count
+
+
+def _bias(layer: AdaptedLayer, name: str, made: _Made) -> Tensor | None:
+    """What the adapter adds to the layer's bias, divided by the factor that it is scaled by again."""
+    zeros = torch.zeros(layer.original.shape()[0], device=made.B.device)
+    found = layer.variants[name].merged_bias(layer.original, layer.given(name), zeros, scaling=layer.scaling[name])
+    if found is zeros or found is None:
+        return None
+    return (found * (made.record.r / made.alpha)).to(made.B.dtype)
+
+
+def _rest(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
+    """What the adapter's file holds beside its layers: whole modules, biases, trained rows."""
+    layers = tuple(f"{PREFIX}{path}." for path in adapted.layers_of(name))
+    return {
+        key: tensor
+        for key, tensor in adapter_state(adapted, name).items()
+        if key.startswith(PREFIX) and (not key.startswith(layers) or key.endswith(".base_layer.bias"))
+    }
+
+
+def convert_to_lora(
+    model: PeftModel,
+    rank: Rank | None = None,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter of a model as plain LoRA (PEFT's function of this name).
+
+    >>> config, tensors = convert_to_lora(model, rank=0.95)
+
+    Args:
+        model: the adapted model.
+        rank: a rank, or the share of the energy to keep; PEFT needs one, here None is exact where that is possible.
+        adapter_name: the adapter.
+        progressbar: accepted as PEFT's option; it shows nothing.
+        compile_kwargs: must stay None: nothing is compiled.
+
+    Returns:
+        The config, and the tensors keyed as in a file.
+
+    Raises:
+        UsageError: see ``convert``.
+    """
+    if compile_kwargs is not None:
+        raise UsageError("compile_kwargs is given, but nothing is compiled here; leave it out.")
+    found = convert(model.base_model, adapter_name, rank)
+    return found.config, found.tensors
+
+
+def save_as_lora(
+    path: str | Path,
+    model: PeftModel,
+    rank: Rank | None = None,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Write an adapter as plain LoRA into a folder (PEFT's function of this name); see ``convert_to_lora``.
+
+    Raises:
+        DiskError: the folder could not be written; what stood there before still stands.
+    """
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    save(Path(path), model.base_model, adapter_name, config, tensors, figures={})
+
+
+def save(
+    folder: Path,
+    adapted: AdaptedModel,
+    name: str,
+    config: LoraConfig,
+    tensors: dict[str, Tensor],
+    *,
+    figures: dict[str, str],
+    beside: Path | None = None,
+) -> int:
+    """Write a converted adapter; see ``veneer.adapters.derived.write``."""
+    mark = fingerprint(adapted, list(adapted.saved_of(name)))
+    ready = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    files = AdapterFiles("", config, ready, {"format": "pt", FINGERPRINT: mark})
+    return write(folder, files, figures=figures, beside=beside)

@@ -1,0 +1,166 @@
+"""Converted adapters: the same update, bit for bit where it can be, and errors that are what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import models
+from tests.adapters.making import adapted, best, close, config_of, peft_updates_in, saved, updates, updates_in
+from veneer import LoraConfig, PeftModel, UsageError
+from veneer.adapters import files
+from veneer.adapters.convert import convert, convert_to_lora, save_as_lora
+from veneer.adapters.lowrank import Rank
+from veneer.core.records import ApproximatedLayer
+
+WEIGHTS = "adapter_model.safetensors"
+LORAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 1}},
+    "rslora patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+def report_of(model: PeftModel, rank: Rank | None) -> tuple[ApproximatedLayer, ...]:
+    return convert(model.base_model, "default", rank).layers
+
+
+@pytest.mark.parametrize("config", LORAS.values(), ids=LORAS)
+def test_lora_keeps_its_factors(config: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**config)
+    model.save_pretrained(tmp_path / "a")
+    save_as_lora(tmp_path / "b", model)
+    before, after = load_file(tmp_path / "a" / WEIGHTS), load_file(tmp_path / "b" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert config_of(tmp_path / "b")["use_rslora"] is False
+    close(updates_in(tmp_path / "b"), updates(model), relative=1e-7)
+    close(peft_updates_in(tmp_path / "b"), updates(model), relative=1e-6)
+    assert {layer.error for layer in report_of(model, None)} == {0.0}
+
+
+@pytest.mark.parametrize("rank", [2, 3, 7, 0.8])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_every_layer_is_the_best_of_its_rank(config: dict[str, Any], rank: Rank, tmp_path: Path) -> None:
+    model = adapted(**config)
+    wanted = updates(model)
+    report = {layer.path: layer for layer in report_of(model, rank)}
+    save_as_lora(tmp_path / "b", model, rank)
+    close(updates_in(tmp_path / "b"), {path: best(wanted[path], layer.r) for path, layer in report.items()})
+    close(peft_updates_in(tmp_path / "b"), updates_in(tmp_path / "b"))
+    for path, layer in report.items():
+        S = torch.linalg.svdvals(wanted[path])
+        kept = float(S[: layer.r].square().sum() / S.square().sum())
+        missed = float((updates_in(tmp_path / "b")[path] - wanted[path]).norm() / wanted[path].norm())
+        assert layer.kept == pytest.approx(kept, abs=1e-5)
+        assert layer.error == pytest.approx(missed, abs=1e-6)
+        assert layer.norm == pytest.approx(float(wanted[path].norm()), rel=1e-5)
+        assert layer.r == rank or kept >= 0.8
+
+
+def test_a_full_rank_meets_dora_exactly(tmp_path: Path) -> None:
+    model = adapted(use_dora=True)
+    given = models.batch("llama")
+    save_as_lora(tmp_path / "b", model, 24)
+    again = PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), models.output(model, given), rtol=1e-4, atol=1e-5)
+    assert config_of(tmp_path / "b")["use_dora"] is False
+
+
+def test_dora_needs_a_rank() -> None:
+    with pytest.raises(UsageError, match="q_proj' has the full rank of 16, so no plain LoRA is exactly it"):
+        convert_to_lora(adapted(use_dora=True))
+
+
+@pytest.mark.parametrize("kind", models.MODELS)
+def test_every_family(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind, use_rslora=True)
+    given = models.batch(kind)
+    expected = models.output(model, given)
+    save_as_lora(tmp_path / "b", model)
+    again = PeftModel.from_pretrained(models.make(kind), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_what_is_beside_the_factors_comes_along(rank: Rank | None, tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj", "fc1"], "lora_bias": True, "bias": "all", "modules_to_save": ["lm_head"]}
+    model = adapted("opt", **config, lora_dropout=0.1, task_type="CAUSAL_LM")
+    with torch.no_grad():
+        for value in model.base_model.biases.values("default").values():
+            value += 0.1
+    given = models.batch("opt")
+    expected = models.output(model, given)
+    save_as_lora(tmp_path / "b", model, rank)
+    again = PeftModel.from_pretrained(models.make("opt"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
+    new = again.peft_config["default"]
+    assert (new.lora_dropout, new.task_type, new.bias, new.lora_bias) == (0.1, "CAUSAL_LM", "all", True)
+
+
+def test_narrow_factors_stay_as_they_are(tmp_path: Path) -> None:
+    model = adapted(use_rslora=True)
+    model.base_model.to(torch.bfloat16)
+    _, tensors = convert_to_lora(model)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    close(
+        {layer.path: torch.zeros(1) for layer in report_of(model, None)}, dict.fromkeys(updates(model), torch.zeros(1))
+    )
+
+
+def test_an_adapter_that_is_merged_at_the_moment(tmp_path: Path) -> None:
+    model = adapted(use_dora=True)
+    wanted = updates(model)
+    model.merge_adapter()
+    save_as_lora(tmp_path / "b", model, 24)
+    close(updates_in(tmp_path / "b"), wanted, relative=1e-5)
+
+
+def test_pefts_file_is_read(tmp_path: Path) -> None:
+    """What is converted is what PEFT wrote."""
+    import peft
+
+    other = peft.get_peft_model(
+        models.make("llama"), peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "v_proj"])
+    )
+    models.randomise(other)
+    given = models.batch("llama")
+    expected = models.output(other, given)
+    other.save_pretrained(tmp_path / "a")
+    model = PeftModel.from_pretrained(models.make("llama"), tmp_path / "a")
+    save_as_lora(tmp_path / "b", model, 16)
+    again = peft.PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_config_and_the_tensors_are_those_of_the_file(tmp_path: Path) -> None:
+    model = adapted()
+    config, tensors = convert_to_lora(model, 3)
+    save_as_lora(tmp_path / "b", model, 3)
+    read = files.read(tmp_path / "b")
+    assert isinstance(config, LoraConfig)
+    assert (config.r, config.lora_alpha) == (3, 3)
+    assert read.tensors.keys() == tensors.keys()
+    assert all(torch.equal(read.tensors[key], tensor) for key, tensor in tensors.items())
+    # The mark of the base goes along.
+    saved(tmp_path / "a")
+    assert read.metadata == files.read(tmp_path / "a").metadata
+
+
+def test_arguments_without_meaning(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(UsageError, match="There is no adapter 'other'"):
+        convert_to_lora(model, adapter_name="other")
+    with pytest.raises(UsageError, match="The rank is 0"):
+        convert_to_lora(model, 0)
+    with pytest.raises(UsageError, match=r"The rank is 1\.5"):
+        convert_to_lora(model, 1.5)
+    with pytest.raises(UsageError, match="nothing is compiled"):
+        save_as_lora(tmp_path, model, compile_kwargs={})
+    assert not list(tmp_path.iterdir())
