@@ -48,6 +48,8 @@ class ModuleIndex:
         self.parameter_sizes: dict[str, int] = {}
         trainable: set[str] = set()
         self.checkpointing = False
+        self.marks: dict[tuple[str, ...], tuple[object, str]] = {}
+        """Fingerprints of the weights, each with the state that it was taken in; see ``fingerprint``."""
 
         def visit(parent: nn.Module, prefix: str) -> None:
             self.checkpointing = self.checkpointing or parent.__dict__.get("gradient_checkpointing", False)
@@ -106,6 +108,11 @@ class ModuleIndex:
                 if not shared_outside:
                     replaced[id(parameter)] = parameter.numel()
         return copied - sum(replaced.values())
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """From path to its place in the model."""
+        return {path: number for number, path in enumerate(self.slots)}
 
     @cached_property
     def by_suffix(self) -> dict[str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -68,8 +69,7 @@ def _use(adapted: AdaptedModel, names: list[str]) -> None:
 def set_trainable(adapted: AdaptedModel, names: Sequence[str]) -> None:
     """Let the parameters of these adapters learn, and of no others."""
     for layer in adapted.layers.values():
-        for name, specs in layer.specs.items():
-            _learn(layer, name, name in names, specs)
+        _learn_alone(layer, names)
     for wrapper in adapted.saved.values():
         for name, module in wrapper.modules_to_save.items():
             module.requires_grad_(name in names)
@@ -102,6 +102,26 @@ def set_requires_grad(adapted: AdaptedModel, names: str | Sequence[str], on: boo
         if adapted.biases.shown == name:
             for key in adapted.biases.trained[name]:
                 adapted.biases.parameter(key).requires_grad_(on)
+
+
+def _learn_alone(layer: AdaptedLayer, names: Sequence[str]) -> None:
+    """Of all tensors of a layer's adapters, let these learn: a glance at each, for there may be a hundred adapters."""
+    for container, held in layer._modules.items():
+        if container == "base_layer":
+            continue
+        own: Any = held
+        named = (
+            (
+                (name, f"{container}.{leaf}", p)
+                for name, one in own._modules.items()
+                for leaf, p in one._parameters.items()
+            )
+            if isinstance(held, nn.ModuleDict)
+            else ((name, container, p) for name, p in own._parameters.items())
+        )
+        for name, key, parameter in named:
+            if parameter is not None and (parameter.requires_grad or name in names):
+                parameter.requires_grad_(name in names and layer.specs[name][key].trainable)
 
 
 def _learn(layer: AdaptedLayer, name: str, on: bool, specs: dict[str, ParameterSpec]) -> None:

@@ -11,7 +11,6 @@ Shape legend: N rows of the batch, G adapters, T tokens of a row, I inputs, O ou
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.layout import check_layout
 from veneer.adapters.stacked import Stacks
 from veneer.core.base import InputBase, WeightBase
 from veneer.core.errors import UsageError, listed
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 BASE = "__base__"
 """The name of rows that go through the base model alone."""
 
-# Models that turn a batch around, so that its rows are not the first dimension inside them.
-_SEQUENCE_FIRST = frozenset({"xlnet", "xlm-prophetnet", "prophetnet"})
+_INVOCATION = "alora_invocation_tokens"
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "inputs", "x")
 
 
@@ -320,29 +319,15 @@ def route(adapted: AdaptedModel, names: Sequence[str]) -> Routing:
             f"{listed(biased or [str(shown)])} trains the base's biases, which all rows share; adapter_names cannot "
             "mix it with others: activate one adapter after the other."
         )
+    invoked = [n for n in routing.order if n != BASE and getattr(adapted.peft_config[n], _INVOCATION, None)]
+    if invoked:
+        raise UsageError(
+            f"{listed(invoked)} begins at its {_INVOCATION}, which are looked for while it is active; activate it "
+            "instead of naming it in adapter_names."
+        )
     if routing.uniform is None:
-        _check_layout(adapted, routing)
+        check_layout(adapted, routing.order)
     return routing
-
-
-def _check_layout(adapted: AdaptedModel, routing: Routing) -> None:
-    """Refuse models that are known to lay out their rows in another way than one after the other."""
-    reason = None
-    if adapted.index.model_type in _SEQUENCE_FIRST:
-        reason = f"a model of type {adapted.index.model_type!r} does not keep the rows of a batch first"
-    for path, layer in adapted.layers.items():
-        if _is_expert(path) and any(name in layer.specs for name in routing.order):
-            reason = f"{path!r} is an expert, which gets tokens of several rows at once"
-    turned = next((s.path for s in adapted.index.slots.values() if s.module.__dict__.get("batch_first") is False), None)
-    if turned is not None:
-        reason = f"{turned!r} has batch_first=False"
-    if reason is not None:
-        raise UsageError(f"adapter_names cannot mix adapters here, since {reason}; run them one after the other.")
-
-
-@functools.cache
-def _is_expert(path: str) -> bool:
-    return re.search(r"(^|\.)experts\.\d+(\.|$)", path) is not None
 
 
 def _with_weight(layer: AdaptedLayer, name: str) -> Callable[..., Any]:

@@ -145,7 +145,7 @@ class _Selector:
                 expression = re.compile(pattern)
                 paths = tuple(path for path in self.index.slots if expression.fullmatch(path))
             else:
-                paths = tuple(path for path in self.index.slots if path == pattern or path.endswith(f".{pattern}"))
+                paths = self.index.by_suffix.get(pattern, ())
             self.record(role, pattern, paths)
             found.update(dict.fromkeys(paths))
         return list(found)
@@ -204,7 +204,7 @@ class _Selector:
             )
             raise TargetError(f"target_modules={self.config.target_modules!r} {reason}")
         self.warn_of_ties(slots)
-        order = {path: number for number, path in enumerate(self.index.slots)}
+        order = self.index.order
         return sorted(slots, key=lambda slot: order[slot.path])
 
     def warn_of_ties(self, slots: list[Slot]) -> None:
