@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from tests import models
 from tests.adapters.making import adapted, best, close, config_of, peft_updates_in, saved, updates, updates_in
-from veneer import LoraConfig, PeftModel, UsageError
+from veneer import LoraConfig, PeftModel, UsageError, get_peft_model
 from veneer.adapters import files
 from veneer.adapters.convert import convert, convert_to_lora, save_as_lora
 from veneer.adapters.lowrank import Rank
 from veneer.core.records import ApproximatedLayer
+from veneer.variants.adalora import AdaLoraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 LORAS: dict[str, dict[str, Any]] = {
@@ -164,3 +165,27 @@ def test_arguments_without_meaning(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing is compiled"):
         save_as_lora(tmp_path, model, compile_kwargs={})
     assert not list(tmp_path.iterdir())
+
+
+def test_adalora_has_the_rank_that_is_left_of_it(tmp_path: Path) -> None:
+    config = AdaLoraConfig(init_r=6, target_r=2, total_step=10, lora_alpha=3, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(models.make("llama"), config)
+    models.randomise(model)
+    with torch.no_grad():
+        for layer in model.base_model.layers.values():
+            layer.lora_E["default"][[0, 2, 5]] = 0
+    given = models.batch("llama")
+    expected = models.output(model, given)
+    report = report_of(model, None)
+    assert {layer.r for layer in report} == {3}
+    assert max(layer.error for layer in report) < 1e-6
+    save_as_lora(tmp_path / "b", model)
+    again = PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
+    assert again.peft_config["default"].target_modules == ["q_proj", "down_proj"]
+    close(peft_updates_in(tmp_path / "b"), updates(model))
+
+
+def test_an_update_of_zeros() -> None:
+    model = get_peft_model(models.make("llama"), AdaLoraConfig(total_step=10, target_modules=["q_proj"]))
+    assert {(layer.r, layer.norm, layer.error) for layer in report_of(model, None)} == {(1, 0.0, 0.0)}
