@@ -35,6 +35,7 @@ from veneer.train.config import adapter_fields
         ("init_lora_weights", "gaussian", "gaussian"),
         ("layers_to_transform", ["0,2", "5"], [0, 2, 5]),
         ("layers_pattern", ["layers"], ["layers"]),
+        ("alora_invocation_tokens", ["5,9"], [5, 9]),
         ("trainable_token_indices", ["7,9", "11"], [7, 9, 11]),
         ("trainable_token_indices", ['{"embed_tokens": [7]}'], {"embed_tokens": [7]}),
         ("rank_pattern", ["q_proj=4,layer.1.*value=8"], {"q_proj": 4, "layer.1.*value": 8}),

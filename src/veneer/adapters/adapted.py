@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.adapters.biases import BiasBank
 from veneer.adapters.budget import RankBudget, penalty, update_and_allocate
 from veneer.adapters.index import ModuleIndex
+from veneer.adapters.invocation import Invocations
 from veneer.adapters.layer import AdaptedLayer, SharedTensors
 from veneer.adapters.routing import Router, forward, with_names
 from veneer.adapters.saved import ModulesToSaveWrapper
@@ -38,6 +39,7 @@ class AdaptedModel(nn.Module):
         self.biases = BiasBank()
         self.router = Router()
         self.tokens = TokenBank(self.router)
+        self.invocations = Invocations(model, self.shared, self.router)
         self.peft_config: dict[str, PeftConfig] = {}
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
@@ -138,4 +140,6 @@ class AdaptedModel(nn.Module):
             if model is None or name.startswith("__"):
                 raise
             found = getattr(model, name)
-            return with_names(self, found) if name == "generate" else found
+            if name != "generate":
+                return found
+            return with_names(self, self.invocations.generating(found) if self.invocations.tokens else found)

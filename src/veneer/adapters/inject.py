@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import view
+from veneer.adapters.invocation import check_tokens
 from veneer.adapters.kbit import quantised_slots, settle
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import remove
@@ -66,6 +67,7 @@ def inject(
     if not adapted.peft_config:
         settle(quantised_slots(adapted.index))
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
+    check_tokens(adapted.model, config, (t.slot.path for t in selection.targets), adapted.index.output_path)
     fresh = {
         target.slot.path: (
             _start(target, selection, autocast_adapter_dtype, device)
@@ -85,6 +87,7 @@ def inject(
         shared = selection.variant.shared([view(t.slot).shape() for t in selection.targets], selection.config)
     try:
         adapted.tokens.add(name, selection.tokens, rows)
+        adapted.invocations.add(name, config)
         _commit(adapted, name, selection, fresh, layers, copies, shared)
     except BaseException:
         remove(adapted, name)
@@ -193,7 +196,7 @@ def _commit(
             selection.variant,
             target.specs,
             fresh[path],
-            shared=adapted.shared if shared else None,
+            shared=adapted.shared,
             r=target.r,
             lora_alpha=target.lora_alpha,
             scaling=target.scaling,

@@ -211,7 +211,7 @@ class AdaptedLayer(nn.Module):
         """All that an adapter computes with here: its own tensors and those that its layers share."""
         tensors: dict[str, Tensor] = dict(self.tensors(name))
         if name in self.shared:
-            tensors.update(self.shared[name].of(name))
+            tensors.update(self.shared[name].now(name))
         return tensors
 
     def change(self, name: str) -> Tensor:
@@ -298,6 +298,7 @@ class SharedTensors:
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
         self.keys: dict[str, tuple[str, ...]] = {}
+        self.lent: dict[str, Mapping[str, Tensor]] = {}
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Take in an adapter's tensors, keyed as on disk."""
@@ -311,6 +312,14 @@ class SharedTensors:
     def of(self, name: str) -> dict[str, Tensor]:
         """An adapter's tensors, keyed as on disk."""
         return {key: self.owner._modules[key]._buffers[name] for key in self.keys.get(name, ())}  # type: ignore[union-attr,misc]
+
+    def lend(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give an adapter's layers tensors that belong to one call of the model, in the place of those lent before."""
+        self.lent[name] = tensors
+
+    def now(self, name: str) -> dict[str, Tensor]:
+        """An adapter's tensors and those that are lent to it."""
+        return {**self.of(name), **self.lent.get(name, {})}
 
     def rename(self, old: str, new: str) -> None:
         """Keep an adapter's tensors under another name."""

@@ -145,6 +145,7 @@ def show_whole(adapted: AdaptedModel) -> None:
     for wrapper in adapted.saved.values():
         wrapper.active = next((name for name in active if name in wrapper.modules_to_save), None)
     adapted.tokens.show(active)
+    adapted.invocations.show(active)
     adapted.biases.show(next((name for name in active if name in adapted.biases.trained), None))
 
 
@@ -249,6 +250,7 @@ def rename(adapted: AdaptedModel, old: str, new: str) -> None:
     adapted.biases.rename(old, new)
     adapted.shared.rename(old, new)
     adapted.tokens.rename(old, new)
+    adapted.invocations.rename(old, new)
     relabel(adapted.peft_config, old, new)
     relabel(adapted.reports, old, new)
     adapted.active_adapters = [new if name == old else name for name in adapted.active_adapters]
@@ -293,6 +295,7 @@ def remove(adapted: AdaptedModel, name: str) -> None:
             del adapted.saved[path]
     adapted.biases.remove(name)
     adapted.tokens.remove(name)
+    adapted.invocations.remove(name)
     adapted.shared.drop(name)
     adapted.peft_config.pop(name, None)
     adapted.reports.pop(name, None)

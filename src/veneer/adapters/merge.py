@@ -128,6 +128,7 @@ def unload(
         kept = next((name for name in merged if name in wrapper.modules_to_save), None)
         adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
     adapted.tokens.unload()
+    adapted.invocations.clear()
     adapted.biases.settle()
     if unties:
         mark_untied(adapted.model)

@@ -33,7 +33,6 @@ _NOT_BUILT: dict[str, Any] = {
     "corda_config": None,
     "lora_ga_config": None,
     "velora_config": None,
-    "alora_invocation_tokens": None,
     "use_qalora": False,
     "qalora_group_size": 16,
     "monteclora_config": None,
@@ -243,6 +242,8 @@ class LoraConfig(LowRankConfig):
     """Freeze A, so that training keeps only its few outputs for backward (LoRA-FA, arXiv 2308.03303)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows are trained and saved: of the input embedding, or of modules by name."""
+    alora_invocation_tokens: list[int] | None = None
+    """Activate the adapter from the last place on where these token ids stand in the input (arXiv 2504.12397)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,6 +254,8 @@ class LoraConfig(LowRankConfig):
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias=True has no meaning with use_dora=True, which leaves biases as they are.")
         token_ids("trainable_token_indices", self.trainable_token_indices)
+        if self.alora_invocation_tokens is not None:
+            sequence_of_ids("alora_invocation_tokens", self.alora_invocation_tokens)
 
 
 # The starts that PEFT's file spells as true and false.
@@ -286,6 +289,19 @@ def _names(field_name: str, value: Any) -> list[str] | str | None:
     return sorted(value) if isinstance(value, set | frozenset) else list(dict.fromkeys(value))
 
 
+def sequence_of_ids(name: str, value: Any) -> None:
+    """Refuse anything but a list of token ids with at least one.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{name} is {value!r}; expected a list of token ids.")
+    for token in value:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ConfigError(f"{name} has {token!r}; expected token ids, whole numbers from 0.")
+
+
 def token_ids(name: str, value: Any) -> None:
     """Refuse anything but None, a list of different token ids, and a mapping from module names to such lists.
 
@@ -298,9 +314,7 @@ def token_ids(name: str, value: Any) -> None:
         given = f"{name}[{where!r}]" if where else name
         if not isinstance(where, str) or not isinstance(ids, list | tuple) or not ids:
             raise ConfigError(f"{given} is {ids!r}; expected a list of token ids, or {{module name: [token ids]}}.")
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise ConfigError(f"{given} has {token!r}; expected token ids, whole numbers from 0.")
+        sequence_of_ids(given, ids)
         if len(set(ids)) < len(ids):
             raise ConfigError(f"{given} names token {next(t for t in ids if ids.count(t) > 1)} twice.")
 
