@@ -33,8 +33,6 @@ _NOT_BUILT: dict[str, Any] = {
     "corda_config": None,
     "lora_ga_config": None,
     "velora_config": None,
-    "use_qalora": False,
-    "qalora_group_size": 16,
     "monteclora_config": None,
     "layer_replication": None,
     "target_parameters": None,
@@ -242,6 +240,10 @@ class LoraConfig(LowRankConfig):
     """Freeze A, so that training keeps only its few outputs for backward (LoRA-FA, arXiv 2308.03303)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows are trained and saved: of the input embedding, or of modules by name."""
+    use_qalora: bool = False
+    """Let A see the sums of groups of inputs, as quantised weights group them (QALoRA, arXiv 2309.14717)."""
+    qalora_group_size: int = 16
+    """How many inputs are a group with use_qalora; it must divide the number of inputs."""
     alora_invocation_tokens: list[int] | None = None
     """Activate the adapter from the last place on where these token ids stand in the input (arXiv 2504.12397)."""
 
@@ -254,6 +256,13 @@ class LoraConfig(LowRankConfig):
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias=True has no meaning with use_dora=True, which leaves biases as they are.")
         token_ids("trainable_token_indices", self.trainable_token_indices)
+        require_bool("use_qalora", self.use_qalora)
+        positive_int("qalora_group_size", self.qalora_group_size)
+        if not self.use_qalora and self.qalora_group_size != type(self).qalora_group_size:
+            raise ConfigError(
+                f"qalora_group_size={self.qalora_group_size} has no effect without use_qalora=True; set that too, or "
+                "leave it out."
+            )
         if self.alora_invocation_tokens is not None:
             sequence_of_ids("alora_invocation_tokens", self.alora_invocation_tokens)
 

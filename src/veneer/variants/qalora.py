@@ -1,0 +1,119 @@
+"""QALoRA: A looks at the sums of groups of inputs, so that the update has one value for each group of a row of W.
+
+The update is then constant over the groups that a quantised weight shares its scales and zero points in. PEFT computes
+with the mean of each group, times the number of groups; so does this. Xu et al., arXiv 2309.14717.
+
+Shape legend: I inputs, O outputs, R rank, G groups of S inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, final
+
+from torch import Tensor
+
+from veneer.core.base import AbstractBase, InputBase
+from veneer.core.config import LoraConfig, PeftConfig
+from veneer.core.errors import ConfigError, MergeError
+from veneer.core.init import AbstractInit, Start
+from veneer.core.variant import AbstractVariant, ParameterSpec, factor_specs, low_rank_forward, low_rank_scaling
+
+BIAS = "lora_B.bias"
+STARTS = ("kaiming", "gaussian", "random")
+"""The starts that look at no weight: others would give A a column for each input."""
+
+
+@final
+class Variant(AbstractVariant):
+    """A low-rank update whose A is constant over groups of inputs."""
+
+    config_class: ClassVar[type[PeftConfig]] = LoraConfig
+    options: ClassVar[Mapping[str, Any]] = {"use_qalora": True, "qalora_group_size": 2}
+
+    def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
+        assert isinstance(config, LoraConfig)
+        name, size = type(base.module).__name__, config.qalora_group_size
+        if not base.one_matrix or base.zero_factor == "A" or any(len(shape) > 2 for shape in base.factor_shapes(r)):
+            raise ConfigError(
+                f"use_qalora=True has no meaning on {name}, which is no linear layer whose inputs could be grouped; "
+                "take that module out of the targets."
+            )
+        inputs = base.shape()[1]
+        if inputs % size:
+            raise ConfigError(
+                f"qalora_group_size is {size}, but {name} has {inputs} inputs, which cannot be put into groups of "
+                "that size; choose a divisor, or take that module out of the targets."
+            )
+        if config.init not in STARTS:
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} starts from single inputs, which use_qalora=True "
+                'takes in groups; expected true, false or "gaussian".'
+            )
+        specs = factor_specs(base, r, frozen_A=config.use_lorafa)
+        A = base.factor_names[0]
+        specs[A] = ParameterSpec((specs[A].shape[0], inputs // size), trainable=specs[A].trainable)
+        if config.lora_bias:
+            if not base.has_output_bias:
+                raise ConfigError(f"lora_bias=True has no meaning on {name}, whose operation has no bias.")
+            specs[BIAS] = ParameterSpec((base.shape()[0],))
+        return specs
+
+    def shared(self, shapes: Sequence[tuple[int, int]], config: PeftConfig) -> dict[str, Tensor]:
+        return {}
+
+    def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
+        assert isinstance(config, LoraConfig)
+        return low_rank_scaling(r, lora_alpha, config.use_rslora)
+
+    def start(
+        self,
+        base: AbstractBase,
+        p: Mapping[str, Tensor],
+        init: AbstractInit,
+        *,
+        scaling: float,
+        config: PeftConfig,
+        evidence: Mapping[str, Tensor] | None,
+    ) -> Tensor | None:
+        A, B = (p[name] for name in base.factor_names)
+        return init.fill(Start(base, A, B, p.get(BIAS), scaling, config, evidence))
+
+    def forward(
+        self,
+        base: InputBase,
+        p: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor | None,
+        *,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        A, B = _factors(base, p)
+        return low_rank_forward(base, A, B, x, y, scaling=scaling, dropout=dropout, bias=p.get(BIAS))
+
+    def update(self, base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, *, scaling: float) -> Tensor:
+        return base.delta(*_factors(base, p)) * scaling
+
+    def merged_bias(
+        self, base: AbstractBase, p: Mapping[str, Tensor], bias: Tensor | None, *, scaling: float
+    ) -> Tensor | None:
+        if BIAS not in p:
+            return bias
+        if bias is None:
+            raise MergeError(
+                f"This adapter has lora_bias=True, but the {type(base.module).__name__} it adapts has no bias to "
+                "merge it into, and a model saved with a new one would lose it on loading; use the adapter unmerged."
+            )
+        return (bias + p[BIAS] * scaling).to(bias.dtype)
+
+    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
+        return tensor
+
+
+def _factors(base: AbstractBase, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A with a column for each input, and B; the product with it is the groups' means times their number."""
+    A_RG, B = (p[name] for name in base.factor_names)
+    groups, inputs = A_RG.shape[1], base.shape()[1]
+    size = inputs // groups
+    return (A_RG * (groups / size)).repeat_interleave(size, dim=1), B
