@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -24,8 +24,12 @@ class BaseCase:
     """Makes an input: floating-point features, or token ids."""
     dense: Callable[[Tensor], Tensor] = lambda x: x
     """The same input as floating-point numbers: ids become one-hot rows."""
-    plain: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    plain: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = lambda _, x, W, bias: F.linear(x, W, bias)
     """The module's output in plain torch, from a dense input, an (O, I) weight in its place, and the bias."""
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
+    """How the module is called."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the config that select the module, where its name in target_modules does not."""
     quantise: Callable[[nn.Module], nn.Module] = lambda module: module
     """Applied after the module has its dtype."""
 
@@ -69,9 +73,9 @@ def _conv(dimensions: int, **options: Any) -> BaseCase:
     def module() -> nn.Module:
         return kind(2 * options.get("groups", 1), 3 * options.get("groups", 1), _KERNEL[:dimensions], **options)
 
-    def plain(x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(conv: nn.Module, x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
         # In the layer's own words, so that only W is another: the padding is tested against torch in test_conv.py.
-        return module().to(x.dtype)._conv_forward(x, W_OI.view(W_OI.shape[0], 2, *_KERNEL[:dimensions]), bias)
+        return conv._conv_forward(x, W_OI.view(W_OI.shape[0], 2, *_KERNEL[:dimensions]), bias)
 
     return BaseCase(module, lambda: torch.randn(2, 2 * options.get("groups", 1), *sizes), plain=plain)
 
@@ -118,11 +122,27 @@ class _Rounded(nn.Module):
         return F.linear(x, self.dequantize(), self.bias)
 
 
+def _attention(**options: Any) -> BaseCase:
+    def plain(module: nn.Module, x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
+        x, extra = x.transpose(0, 1), (module.bias_k, module.bias_v, module.add_zero_attn, 0.0)
+        out = module.out_proj.weight, module.out_proj.bias
+        y, _ = F.multi_head_attention_forward(x, x, x, 6, 2, W_OI, bias, *extra, *out, need_weights=False)
+        return y.transpose(0, 1)
+
+    return BaseCase(
+        lambda: nn.MultiheadAttention(6, 2, batch_first=True, **options),
+        _features,
+        plain=plain,
+        call=lambda module, x: module(x, x, x, need_weights=False)[0],
+    )
+
+
 CASES: dict[str, dict[str, BaseCase]] = {
     "linear": {
         "bias": BaseCase(lambda: nn.Linear(6, 5), _features),
         "no-bias": BaseCase(lambda: nn.Linear(6, 5, bias=False), _features),
     },
+    "attention": {"packed": _attention(), "bare": _attention(bias=False), "more-keys": _attention(add_bias_kv=True)},
     "conv": {
         "1d": _conv(1, stride=2, padding=1),
         "2d": _conv(2, padding=(2, 1), dilation=(2, 1), padding_mode="circular"),

@@ -16,6 +16,7 @@ from veneer.adapters.budget import RankBudget, penalty, update_and_allocate
 from veneer.adapters.index import ModuleIndex
 from veneer.adapters.invocation import Invocations
 from veneer.adapters.layer import AdaptedLayer, SharedTensors
+from veneer.adapters.names import Names
 from veneer.adapters.routing import Router, forward, with_names
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.tokens import TokenBank
@@ -117,7 +118,7 @@ class AdaptedModel(nn.Module):
         path, _, leaf = parameter.rpartition(".")
         if path in self.tokens.unmerged and leaf == "weight":
             return self.tokens.unmerged[path]
-        layer = self.layers.get(path)
+        layer = self.layers.get(parameter) or self.layers.get(path)
         if layer is not None and layer.unmerged is not None and leaf in layer.unmerged:
             kept = layer.unmerged[leaf]
             assert kept is not None
@@ -127,10 +128,27 @@ class AdaptedModel(nn.Module):
         assert found is not None
         return found
 
+    def names(self, name: str | None = None) -> Names:
+        """PEFT's names of what one adapter is on, as on disk, or of what any is on, as in memory."""
+        layers = self.layers if name is None else self.layers_of(name)
+        return Names(self.index.slot(path) for path in layers)
+
     def hang(self, path: str, module: nn.Module) -> None:
         """Put a module where the untouched model had one, at every place that holds it."""
-        for parent, attribute in self.index.slots[path].places:
+        for parent, attribute in self.index.slot(path).places:
             parent._modules[attribute] = module
+
+    def wrap(self, paths: Iterable[str]) -> None:
+        """Bring the wrappers around the modules of these slots in line with ``layers``, in PEFT's order."""
+        around = self.names().around
+        for slot in {self.index.slot(path).owner: self.index.slot(path) for path in paths}.values():
+            module = slot.module
+            for wrapper in around.get(slot.owner, ()):
+                layer = self.layers[wrapper]
+                if layer.aside is None:
+                    layer._modules["base_layer"] = module
+                module = layer
+            self.hang(slot.path, module)
 
     def __getattr__(self, name: str) -> Any:
         try:

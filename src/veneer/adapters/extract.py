@@ -20,7 +20,8 @@ from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.index import view
 from veneer.adapters.lowrank import Rank, check_rank, spectrum_of
 from veneer.adapters.plain import names_for, plain_config, stored
-from veneer.adapters.targets import Selection, Target, select
+from veneer.adapters.target import Target
+from veneer.adapters.targets import Selection, select
 from veneer.core.base import merge_dtype
 from veneer.core.config import LoraConfig
 from veneer.core.errors import UsageError

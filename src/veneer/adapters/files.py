@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.card import model_card
 from veneer.adapters.fingerprint import differs, fingerprint
+from veneer.adapters.names import Names
 from veneer.adapters.targets import Selection, select
 from veneer.adapters.tokens import KEY as ROWS
 from veneer.core.config import PeftConfig, read_json
@@ -70,15 +71,15 @@ def adapter_state(
     """
     own: dict[str, tuple[str, Tensor]] = {}
     tensor: Tensor
-    mine = adapted.layers_of(name)
-    for path, layer in mine.items():
+    here, there = adapted.names(), adapted.names(name)
+    for path, layer in adapted.layers_of(name).items():
         for key, tensor in layer.tensors(name).items():
             spec = layer.specs[name][key]
             if not spec.saved:
                 continue
             container, _, leaf = key.partition(".")
-            memory = f"{path}.{container}.{name}" + (f".{leaf}" if leaf else "")
-            own[f"{path}.{spec.file_key or key}"] = (memory, tensor)
+            memory = f"{here.wrapper(path)}.{container}.{name}" + (f".{leaf}" if leaf else "")
+            own[f"{there.wrapper(path)}.{spec.file_key or key}"] = (memory, tensor)
     for path, wrapper in adapted.saved_of(name).items():
         for key, tensor in wrapper.modules_to_save[name].state_dict().items():
             own[f"{path}.{key}"] = (f"{path}.modules_to_save.{name}.{key}", tensor)
@@ -89,9 +90,7 @@ def adapter_state(
         for key, value in adapted.biases.values(name).items():
             # A merged lora_bias is in the live bias, and not in the one that was trained.
             tensor = adapted.original(key) if shown else value
-            path, _, leaf = key.rpartition(".")
-            inner = f"{path}.base_layer.{leaf}"
-            own[inner if path in adapted.layers_of(name) else key] = (inner if path in adapted.layers else key, tensor)
+            own[there.parameter(key)] = (here.parameter(key), tensor)
     found = {}
     for disk, (memory, tensor) in own.items():
         if state_dict is not None:
@@ -101,10 +100,10 @@ def adapter_state(
             tensor = full
         found[f"{PREFIX}{disk}"] = tensor.detach()
     if packed:
-        for path, layer in mine.items():
+        for path, layer in adapted.layers_of(name).items():
             for key, spec in layer.specs[name].items():
                 if spec.saved:
-                    disk = f"{PREFIX}{path}.{spec.file_key or key}"
+                    disk = f"{PREFIX}{there.wrapper(path)}.{spec.file_key or key}"
                     found[disk] = layer.variants[name].in_file(key, found[disk], path, adapted.peft_config[name])
     return dict(sorted(found.items()))
 
@@ -218,14 +217,14 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
             return tensor
         return None
 
+    names = Names(target.slot for target in selection.targets)
     factors = {
         target.slot.path: {
-            key: take(f"{target.slot.path}.{spec.file_key or key}", spec.shape)
+            key: take(f"{names.wrapper(target.slot.path)}.{spec.file_key or key}", spec.shape)
             for key, spec in target.on_disk().items()
         }
         for target in selection.targets
     }
-    targeted = {target.slot.path for target in selection.targets}
     whole = {
         slot.path: {
             key: take(f"{slot.path}.{key}", tuple(now.shape), now.is_floating_point())
@@ -235,9 +234,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     }
     biases = {}
     for bias in selection.biases:
-        path, _, leaf = bias.rpartition(".")
-        key = f"{path}.base_layer.{leaf}" if path in targeted else bias
-        biases[bias] = take(key, tuple(adapted.original(bias).shape))
+        biases[bias] = take(names.parameter(bias), tuple(adapted.original(bias).shape))
     rows = [replace(each, values=take(f"{each.slot.path}.{ROWS}", each.shape)) for each in selection.tokens]
     for path in (path for each in rows for path in each.paths):
         # PEFT writes the rows again for a tied head when it writes whole embeddings.
@@ -250,7 +247,8 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
             for key in [key for key in left if key.startswith(f"{PREFIX}{path}.{inside}")]:
                 del left[key]
     if left:
-        expected = [f"{PREFIX}{path}.{key}" for path, keyed in {**factors, **whole}.items() for key in keyed]
+        expected = [f"{PREFIX}{names.wrapper(path)}.{key}" for path, keyed in factors.items() for key in keyed]
+        expected += [f"{PREFIX}{path}.{key}" for path, keyed in whole.items() for key in keyed]
         problems.extend(f"{key} has no place in this model{_clause(key, expected)}" for key in left)
     if problems:
         raise AdapterFileError(
@@ -301,9 +299,7 @@ def _embedding_paths(adapted: AdaptedModel) -> list[str]:
     return [path for path in paths if path is not None and "weight" in adapted.index.slots[path].module._parameters]
 
 
-def _embeddings_to_save(
-    adapted: AdaptedModel, name: str, wanted: bool | Literal["auto"]
-) -> dict[str, nn.Parameter]:
+def _embeddings_to_save(adapted: AdaptedModel, name: str, wanted: bool | Literal["auto"]) -> dict[str, nn.Parameter]:
     if not wanted:
         return {}
     found = {

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from veneer.core import registry
-from veneer.core.base import AbstractBase
+from veneer.core.base import AbstractBase, WeightBase
 
 EVIDENCE = "_start_evidence"
 """The attribute of a module that holds what was gathered about it, by the leaf of the statistic."""
+
+PARAMETER = "parameter"
+"""The kind of a parameter that is adapted by itself."""
 
 _HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "qa_outputs")
 
@@ -32,6 +36,19 @@ class Slot:
     """The base that can adapt it, or None."""
     leaf: str = "weight"
     """The name of the weight among the module's parameters."""
+    read: bool = False
+    """Whether the weight is read instead of the module being called: then the wrapper shows it adapted."""
+
+    @property
+    def owner(self) -> str:
+        """The module's path, which for a parameter that is adapted by itself is a part of its own."""
+        return self.path.removesuffix(f".{self.leaf}") if self.kind == PARAMETER else self.path
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """The place among several wrappers around one module, from the inside: PEFT's, that of registration."""
+        names = [] if parametrize.is_parametrized(self.module) else list(self.module._parameters)
+        return (names.index(self.leaf) if self.leaf in names else len(names)), self.leaf
 
     def evidence(self) -> Mapping[str, Tensor] | None:
         """What was gathered about this module on data, see ``AbstractInit.evidence``."""
@@ -72,7 +89,7 @@ class ModuleIndex:
 
         visit(model, "")
         self.slots: dict[str, Slot] = {
-            path: Slot(path, module, tuple(places), _kind(module, places)) for path, module, places in found.values()
+            path: _slot(path, module, tuple(places)) for path, module, places in found.values()
         }
         self.trainable = frozenset(trainable)
         self.tied: dict[str, tuple[str, ...]] = {
@@ -115,6 +132,19 @@ class ModuleIndex:
         return {path: number for number, path in enumerate(self.slots)}
 
     @cached_property
+    def parameters(self) -> dict[str, Slot]:
+        """Every floating-point parameter below the root by its path, as something that can be adapted by itself."""
+        return {
+            f"{slot.path}.{leaf}": Slot(f"{slot.path}.{leaf}", slot.module, slot.places, PARAMETER, leaf, read=True)
+            for slot in self.slots.values()
+            for leaf in _own_parameters(slot.module)
+        }
+
+    def slot(self, path: str) -> Slot:
+        """The slot of a module, or that of a parameter."""
+        return self.slots.get(path) or self.parameters[path]
+
+    @cached_property
     def by_suffix(self) -> dict[str, tuple[str, ...]]:
         """From every dotted ending of a path ("q_proj", "self_attn.q_proj", ...) to the paths that have it."""
         suffixes: dict[str, list[str]] = {}
@@ -143,19 +173,27 @@ def lies_in(path: str, owners: Iterable[str]) -> bool:
     return any(path == owner or path.startswith(f"{owner}.") for owner in owners)
 
 
+def _own_parameters(module: nn.Module) -> list[str]:
+    names = [name for name, held in module._parameters.items() if held is not None and held.is_floating_point()]
+    return names + (list(module.parametrizations) if parametrize.is_parametrized(module) else [])  # type: ignore[arg-type]
+
+
 @cache
 def _bases() -> tuple[tuple[str, Callable[[nn.Module], bool]], ...]:
     return tuple((name, registry.load("bases", name).Base.accepts) for name in registry.names("bases"))
 
 
-def _kind(module: nn.Module, places: list[tuple[nn.Module, str]]) -> str | None:
+def _slot(path: str, module: nn.Module, places: tuple[tuple[nn.Module, str], ...]) -> Slot:
+    kind = None
     # Some quantised linear layers keep everything in buffers or packed away.
-    if not module._parameters and not module._buffers and "in_features" not in module.__dict__:
-        return None
-    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in places):
-        # That module reads its children's weights and never calls them: a wrapper there would do nothing.
-        return None
-    return next((name for name, accepts in _bases() if accepts(module)), None)
+    holds = module._parameters or module._buffers or "in_features" in module.__dict__
+    # An attention reads its children's weights and never calls them: they are adapted with it, or not at all.
+    if holds and not any(isinstance(parent, nn.MultiheadAttention) for parent, _ in places):
+        kind = next((name for name, accepts in _bases() if accepts(module)), None)
+    if kind is None:
+        return Slot(path, module, places, None)
+    base = registry.load("bases", kind).Base
+    return Slot(path, module, places, kind, base.own_leaf, read=issubclass(base, WeightBase))
 
 
 def _head_paths(model: nn.Module) -> tuple[str, ...]:

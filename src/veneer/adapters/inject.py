@@ -18,7 +18,8 @@ from veneer.adapters.lifecycle import remove
 from veneer.adapters.rebase import STANDING, initial_tensors
 from veneer.adapters.routing import BASE
 from veneer.adapters.saved import ModulesToSaveWrapper
-from veneer.adapters.targets import Selection, Target, select
+from veneer.adapters.target import Target
+from veneer.adapters.targets import Selection, select
 from veneer.core import registry
 from veneer.core.config import PeftConfig, TunerConfig
 from veneer.core.errors import UsageError, listed
@@ -78,7 +79,7 @@ def inject(
     }
     layers = {
         target.slot.path: adapted.layers.get(target.slot.path)
-        or AdaptedLayer(target.slot.module, target.kind, target.slot.leaf)
+        or AdaptedLayer(target.slot.module, target.kind, target.slot.leaf, read=target.slot.read)
         for target in selection.targets
     }
     copies = {slot.path: _copy(slot.module) for slot in selection.saved}
@@ -202,10 +203,9 @@ def _commit(
             scaling=target.scaling,
             dropout=config.dropout,
         )
-        if path not in adapted.layers:
-            adapted.layers[path] = layers[path]
-            layers[path].router = adapted.router
-            adapted.hang(path, layers[path])
+        layers[path].router = adapted.router
+        adapted.layers.setdefault(path, layers[path])
+    adapted.wrap(layers)
     for slot in selection.saved:
         if slot.path not in adapted.saved:
             adapted.saved[slot.path] = ModulesToSaveWrapper(slot.module, adapted.router)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import ModuleIndex, Slot, view
 from veneer.adapters.layer import AdaptedLayer
-from veneer.adapters.rebase import shell
 from veneer.core import registry
-from veneer.core.base import Into, QuantisedBase, as_parameter, merge_dtype, plain_linear
+from veneer.core.base import Into, QuantisedBase, as_parameter, merge_dtype, plain_linear, shell
 from veneer.core.errors import MergeError, UsageError, nearest
 
 INTO: tuple[Into, ...] = get_args(Into)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from veneer.adapters.rebase import shell, standing, standing_weight
+from veneer.adapters.rebase import standing, standing_weight
 from veneer.adapters.routing import Router
 from veneer.core import registry
-from veneer.core.base import AbstractBase, InputBase, WeightBase, merge_dtype
+from veneer.core.base import AbstractBase, InputBase, WeightBase, call_with, merge_dtype, shell
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
 _ALONE = Router()
@@ -31,6 +31,7 @@ class AdaptedLayer(nn.Module):
     base_layer: nn.Module
     kind: str
     leaf: str
+    read: bool
     base_class: type[AbstractBase]
     r: dict[str, int]
     lora_alpha: dict[str, float]
@@ -47,13 +48,14 @@ class AdaptedLayer(nn.Module):
     aside: nn.Module | None
     router: Router
 
-    def __init__(self, base_layer: nn.Module, kind: str, leaf: str = "weight") -> None:
+    def __init__(self, base_layer: nn.Module, kind: str, leaf: str = "weight", *, read: bool = False) -> None:
         super().__init__()
         self._modules["base_layer"] = base_layer
         # As in ``attach``, not by assignment: there are hundreds of these layers in a model.
         self.__dict__.update(
             kind=kind,
             leaf=leaf,
+            read=read,
             # Looked up once: a compiler that traces the forward cannot follow the registry.
             base_class=registry.load("bases", kind).Base,
             r={},
@@ -76,9 +78,7 @@ class AdaptedLayer(nn.Module):
     @property
     def base(self) -> AbstractBase:
         """The view on where W lives."""
-        module = self._modules["base_layer"]
-        assert module is not None
-        return self.base_class(module, self.leaf)
+        return self.base_class(self.get_base_layer(), self.leaf)
 
     @property
     def original(self) -> AbstractBase:
@@ -88,7 +88,7 @@ class AdaptedLayer(nn.Module):
             return first
         if self.unmerged is None:
             return self.base
-        twin = shell(self.base_layer)
+        twin = shell(self.get_base_layer())
         twin._parameters.update(self.unmerged)
         return self.base_class(twin, self.leaf)
 
@@ -119,8 +119,11 @@ class AdaptedLayer(nn.Module):
             self.__dict__["aside"] = None
 
     def get_base_layer(self) -> nn.Module:
-        """The frozen module (PEFT's name for ``base_layer``)."""
-        return self.base_layer
+        """The frozen module (PEFT's name): ``base_layer``, or what stands behind further wrappers there."""
+        module: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        while isinstance(module, AdaptedLayer):
+            module = module._modules["base_layer"]  # type: ignore[assignment]
+        return module
 
     def attach(
         self,
@@ -240,7 +243,7 @@ class AdaptedLayer(nn.Module):
         if not self.live:
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         if issubclass(self.base_class, WeightBase):
-            return self.base.run(self.effective_weight(), *args, **kwargs)  # type: ignore[attr-defined]
+            return self.run(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         # What is merged already is in the module's own output.
         y = self.base.frozen(x) if self.merged_adapters else None  # type: ignore[attr-defined]
@@ -267,6 +270,27 @@ class AdaptedLayer(nn.Module):
             return W_OI
         return self.changed(W_OI, self.live)
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of a module that uses its weight in a larger computation, with the effective one in its place."""
+        return call_with(self.get_base_layer(), self.seated(), *args, **kwargs)
+
+    def seated(self) -> dict[str, Tensor]:
+        """The effective weights of this wrapper and those inside it, as stored, by their names in the module."""
+        inner = self._modules["base_layer"]
+        weights = inner.seated() if isinstance(inner, AdaptedLayer) else {}
+        shown = self.shown()
+        return weights if shown is None else {**weights, self.leaf: shown}
+
+    def shown(self) -> Tensor | None:
+        """The weight as whoever reads it should see it now, as stored; None when that is the module's own."""
+        routing = None if self.router.idle else self.router.current
+        names = self.live if routing is None else routing.shown(self)
+        if not names:
+            return None
+        base = self.base
+        W_OI = self.changed(base.weight(), names)
+        return base.stored(W_OI) if isinstance(base, WeightBase) else W_OI
+
     def changed(self, W_OI: Tensor, names: Sequence[str]) -> Tensor:
         """A weight with the changes of some adapters added, rounded once to its own dtype."""
         total = self.change(names[0])
@@ -281,7 +305,8 @@ class AdaptedLayer(nn.Module):
             base_layer = self.__dict__.get("_modules", {}).get("base_layer")
             if base_layer is None or name.startswith("__"):
                 raise
-            return getattr(base_layer, name)
+            shown = self.shown() if self.read and name == self.leaf else None
+            return getattr(base_layer, name) if shown is None else shown
 
     def extra_repr(self) -> str:
         return f"{self.kind}, " + ", ".join(
@@ -357,7 +382,7 @@ def _holder(name: str, shape: tuple[int, ...], module: nn.Module) -> nn.Module:
         holder.out_features, holder.in_features = shape
         holder._parameters.update(weight=None, bias=None)
         return holder  # type: ignore[no-any-return]
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
     own = ("stride", "padding", "dilation", "padding_mode") if name.endswith("_A") else ("groups",)
     options: Any = {option: getattr(module, option) for option in own}
     channels = shape[1] * options.get("groups", 1)

@@ -283,8 +283,8 @@ def remove(adapted: AdaptedModel, name: str) -> None:
     for path, layer in list(adapted.layers.items()):
         layer.detach(name)
         if not layer.specs:
-            adapted.hang(path, layer.base_layer)
             del adapted.layers[path]
+            adapted.wrap([path])
     for path, wrapper in list(adapted.saved.items()):
         if wrapper.active == name:
             wrapper.active = None

@@ -123,7 +123,7 @@ def unload(
             merge(adapted, were_merged, into=were_into)
         raise
     for path, layer in adapted.layers.items():
-        adapted.hang(path, layer.base_layer)
+        adapted.hang(path, layer.get_base_layer())
     for path, wrapper in adapted.saved.items():
         kept = next((name for name in merged if name in wrapper.modules_to_save), None)
         adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
@@ -190,7 +190,7 @@ def _merge_layer(
             layer.keep_stand_in()
         layer.merged_adapters = every
     elif names:
-        parameters = layer.base_layer._parameters
+        parameters = layer.get_base_layer()._parameters
         leaves = (layer.leaf, layer.base.bias_name())
         originals = layer.unmerged or {leaf: parameters[leaf] for leaf in leaves if leaf is not None}
         with torch.no_grad():
@@ -206,7 +206,7 @@ def _merge_layer(
 
 def _bias(layer: AdaptedLayer) -> Tensor | None:
     name = layer.base.bias_name()
-    return None if name is None else layer.base_layer._parameters[name]
+    return None if name is None else layer.get_base_layer()._parameters[name]
 
 
 def merged_bias(layer: AdaptedLayer, names: Sequence[str], bias: Tensor | None) -> Tensor | None:
@@ -222,7 +222,7 @@ def _restore(layer: AdaptedLayer) -> None:
         layer.give_back()
         layer.merged_adapters = []
     if layer.unmerged is not None:
-        parameters = layer.base_layer._parameters
+        parameters = layer.get_base_layer()._parameters
         now = parameters[layer.leaf]
         assert now is not None
         for leaf, original in layer.unmerged.items():

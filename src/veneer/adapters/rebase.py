@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core import registry
-from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype, plain_linear
+from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype, plain_linear, shell
 from veneer.core.variant import ParameterSpec
 
 STANDING = "initial_weight"
@@ -71,14 +71,6 @@ def with_weight(base: AbstractBase, W_OI: Tensor) -> AbstractBase:
     other = type(base)(shell(base.module), base.leaf)
     other.replace(W_OI)
     return other
-
-
-def shell(module: nn.Module) -> nn.Module:
-    """A module that shares everything with another one, until a parameter of it is replaced."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    return twin
 
 
 @final

@@ -152,7 +152,7 @@ class Routing:
         if not here:
             return layer.base_layer(*args, **kwargs)
         if issubclass(layer.base_class, WeightBase):
-            return self.split(layer, lambda name: _with_weight(layer, name), args, kwargs)
+            return self.split(layer, lambda _: layer.run, args, kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if self.uniform is not None:
             return layer.add(self.uniform, x, None)
@@ -192,6 +192,15 @@ class Routing:
         if len({id(module) for module in chosen.values()}) == 1:
             return chosen[self.order[0]](*args, **kwargs)
         return self.split(wrapper, lambda name: chosen[name], args, kwargs)
+
+    def shown(self, layer: AdaptedLayer) -> tuple[str, ...]:
+        """The adapter whose weight a layer shows to whoever reads it."""
+        if self.uniform is None:
+            raise UsageError(
+                f"adapter_names cannot mix adapters here: the weight of {layer.kind!r} layers is read for all rows at "
+                "once (torch's fused encoder does so in evaluation); run the adapters one after the other."
+            )
+        return (self.uniform,) if self.uniform in layer.specs else ()
 
     def split(
         self, what: nn.Module, run: Callable[[str], Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -328,14 +337,6 @@ def route(adapted: AdaptedModel, names: Sequence[str]) -> Routing:
     if routing.uniform is None:
         check_layout(adapted, routing.order)
     return routing
-
-
-def _with_weight(layer: AdaptedLayer, name: str) -> Callable[..., Any]:
-    if name not in layer.specs:
-        return layer.base_layer
-    base = layer.base
-    assert isinstance(base, WeightBase)
-    return functools.partial(base.run, layer.changed(base.weight(), [name]))
 
 
 def _entry(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

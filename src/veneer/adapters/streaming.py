@@ -72,7 +72,9 @@ class StreamingMerge:
         self.unties = untied_by(self.adapted, self.names) is not None
         self.layers: dict[tuple[nn.Module, str], AdaptedLayer] = {}
         for layer in self.adapted.layers.values():
-            self.layers |= {(layer.base_layer, leaf): layer for leaf in (layer.leaf, layer.base.bias_name()) if leaf}
+            self.layers |= {
+                (layer.get_base_layer(), leaf): layer for leaf in (layer.leaf, layer.base.bias_name()) if leaf
+            }
         self.whole = {
             f"{path}.{key}": tensor
             for fitted in self.fitted.values()
@@ -160,7 +162,7 @@ class StreamingMerge:
         return merged
 
     def _merged_weight(self, layer: AdaptedLayer, names: Sequence[str], W: Tensor) -> Tensor:
-        parameters = layer.base_layer._parameters
+        parameters = layer.get_base_layer()._parameters
         empty = parameters[layer.leaf]
         try:
             # A copy: a tensor that lies in the mapped file is not aligned, and sums over it may round otherwise.
@@ -193,7 +195,7 @@ class StreamingMerge:
             for name in here:
                 check_place(layer, name)
             leaf = layer.base.bias_name()
-            if leaf is None or layer.base_layer._parameters[leaf] is None:
+            if leaf is None or layer.get_base_layer()._parameters[leaf] is None:
                 merged_bias(layer, here, None)
         self.added = [name for name in self.places if name in self.whole and name not in held]
 

@@ -11,39 +11,21 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from veneer.adapters.defaults import DEFAULT_TARGETS
 from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
-from veneer.adapters.rebase import initial_specs
 from veneer.adapters.rows import TokenRows, select_rows
+from veneer.adapters.target import Target as Target
+from veneer.adapters.target import make_targets
 from veneer.core import registry
-from veneer.core.base import AbstractBase, WeightBase
 from veneer.core.config import LoraConfig, PeftConfig, TunerConfig
-from veneer.core.errors import ConfigError, MergeError, TargetError, listed, nearest
-from veneer.core.init import AbstractInit
+from veneer.core.errors import ConfigError, TargetError, listed, nearest
 from veneer.core.records import MatchReport, PatternMatch, Role, TargetRecord
 from veneer.core.task_type import TaskType
-from veneer.core.variant import AbstractVariant, ParameterSpec, variant_of
+from veneer.core.variant import AbstractVariant, variant_of
 
 ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class Target:
-    """One module to adapt, with everything that the config says about it."""
-
-    slot: Slot
-    kind: str
-    r: int
-    lora_alpha: float
-    scaling: float
-    specs: dict[str, ParameterSpec]
-
-    def on_disk(self) -> dict[str, ParameterSpec]:
-        """The tensors of this module that are in the adapter's file."""
-        return {key: spec for key, spec in self.specs.items() if spec.saved}
 
 
 @dataclass(frozen=True)
@@ -100,24 +82,10 @@ class _Selector:
         alphas = self.values("alpha_pattern", config.alphas, slots)
 
         variant = variant_of(config)
-        init: AbstractInit = registry.load("inits", config.init).Init()
-        targets = []
+        targets: list[Target] = []
         for slot in slots:
-            assert slot.kind is not None
-            r = int(ranks.get(slot.path, config.rank))
-            alpha = alphas.get(slot.path, config.alpha)
-            base = view(slot)
-            if config.dropout and isinstance(base, WeightBase):
-                raise ConfigError(
-                    f"lora_dropout is {config.dropout}, but {slot.path!r}, a {type(slot.module).__name__}, has no "
-                    "input of its own to drop; set lora_dropout to 0 or take that module out of target_modules."
-                )
-            if variant.options or type(config) is not LoraConfig or init.subtracts or init.moves or init.evidence:
-                _check_update(base, slot, r)
-            specs = variant.parameters(base, r, config)
-            if init.subtracts:
-                specs |= initial_specs(base, specs)
-            targets.append(Target(slot, slot.kind, r, alpha, variant.scaling(r, alpha, config), specs))
+            r, alpha = int(ranks.get(slot.path, config.rank)), alphas.get(slot.path, config.alpha)
+            targets += make_targets(self.index, slot, r, alpha, variant, config)
         resolved = replace(
             config,
             target_modules=self.resolved_names(slots),
@@ -232,7 +200,9 @@ class _Selector:
         kind = type(slot.module).__name__
         below = sorted({path.split(".")[-1] for path, s in self.index.slots.items() if s.kind and _below(path, slot)})
         if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in slot.places):
-            reason = "its parent nn.MultiheadAttention reads its weight without calling it"
+            reason = "its parent nn.MultiheadAttention reads its weight without calling it; name that module instead"
+        elif isinstance(slot.module, nn.MultiheadAttention) and slot.module.in_proj_weight is None:
+            reason = "its kdim or vdim is not its embed_dim, and only a packed weight for all three can be adapted"
         elif below:
             reason = f"name the modules inside it instead: {listed(below)}"
         else:
@@ -360,14 +330,6 @@ class _Selector:
             untied=self.index.untied([slot.path for slot in saved]),
             rows=tuple((each.slot.path, math.prod(each.shape)) for each in rows),
         )
-
-
-def _check_update(base: AbstractBase, slot: Slot, r: int) -> None:
-    """Refuse what computes with the updated weight on a module that has no place for the update in it."""
-    try:
-        base.delta(*(torch.empty(shape, device="meta") for shape in base.factor_shapes(r)))
-    except MergeError as error:
-        raise ConfigError(f"{slot.path!r} can be adapted by plain LoRA only, from a plain start. {error}") from None
 
 
 _PEFT_HEADS = ("classifier", "score")

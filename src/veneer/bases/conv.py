@@ -107,7 +107,7 @@ class Base(InputBase):
         if self.module.groups > 1:
             raise MergeError(
                 f"The update of a {type(self.module).__name__} with {self.module.groups} groups reaches the inputs of "
-                "every group and its weight only those of one, so it has no place in the weight; use the adapter unmerged, "
-                "or leave that module out of it."
+                "every group and its weight only those of one, so it has no place in the weight; use the adapter "
+                "unmerged, or leave that module out of it."
             )
         return product(A.flatten(1), B.flatten(1))

@@ -9,7 +9,9 @@ to its output and W is never built again. A ``WeightBase`` is a module that uses
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -40,6 +42,9 @@ class AbstractBase(ABC):
     """Whether the module is a linear layer, one of those that ``target_modules="all-linear"`` means."""
     one_matrix: ClassVar[bool] = True
     """Whether a row of W is all that one output sees: false where W holds several matrices in one (experts)."""
+
+    own_leaf: ClassVar[str] = "weight"
+    """The name of W among the parameters of a module that this base accepts."""
 
     @final
     def __init__(self, module: nn.Module, leaf: str = "weight") -> None:
@@ -152,8 +157,50 @@ class WeightBase(AbstractBase):
     """A module that uses W inside a larger computation."""
 
     @abstractmethod
-    def run(self, W_OI: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The module's output with another weight in the place of its own, differentiable in that weight."""
+    def stored(self, W_OI: Tensor) -> Tensor:
+        """A weight in the layout of the module's parameter, differentiable in ``W_OI``."""
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """A module's output with other tensors in the place of some of its own parameters, also parametrised ones.
+
+    It runs on a stand-in, so that nothing has to be put back and several threads may call it. A module whose
+    ``forward`` was replaced on the instance (accelerate's hooks) is bound to itself: that one is changed for the
+    length of the call.
+
+    >>> call_with(nn.Linear(2, 3), {"weight": torch.zeros(3, 2)}, x)
+    """
+    bound = "forward" in module.__dict__
+    seat = module if bound else shell(module)
+    kind, before = seat.__class__, dict(seat._parameters)
+    try:
+        for name, tensor in tensors.items():
+            if name in before:
+                seat._parameters[name] = tensor  # type: ignore[assignment]
+            else:
+                # Parametrised: the class has a property of that name, which would win.
+                seat.__class__ = _reading(seat.__class__, name)  # type: ignore[arg-type]
+                seat.__dict__[f"_seated_{name}"] = tensor
+        return seat(*args, **kwargs)
+    finally:
+        if bound:
+            module.__class__ = kind
+            module._parameters.update(before)
+            for name in tensors:
+                module.__dict__.pop(f"_seated_{name}", None)
+
+
+@functools.cache
+def _reading(kind: type[nn.Module], name: str) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {name: property(lambda module: module.__dict__[f"_seated_{name}"])})
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A module that shares everything with another one, until a parameter of it is replaced."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    return twin
 
 
 def merge_dtype(*tensors: Tensor) -> torch.dtype:
