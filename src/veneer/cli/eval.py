@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from veneer.evaluate.scoring import Score
 
 
-@run_options("task", "max_length", "train_on", "batch_size")
+@run_options("task", "max_length", "train_on", "batch_size", "quantize")
 def evaluate(
     data: Annotated[str, typer.Option(metavar="FILE", help="A data file, or a folder of them.", show_default=False)],
     model: Annotated[
@@ -71,7 +71,7 @@ def _scored(model: str | None, adapter: str | None, files: list[Path], settings:
         model = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if model is None:
             raise UsageError(f"The adapter {str(folder)!r} does not say what its base is; give it as --model.")
-    loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype)
+    loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype, quantize=settings.quantize)
     tokenizer = tokenizer_for(model, [folder] if folder is not None else [])
     if folder is not None:
         loaded = PeftModel.from_pretrained(loaded, folder)

@@ -32,6 +32,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help=_HELP["top_p"])] = _DEFAULT.top_p,
     seed: Annotated[int, typer.Option(help=_HELP["seed"])] = _DEFAULT.seed,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the saved one.")] = "float32",
+    quantize: Annotated[
+        str | None, typer.Option(metavar="nf4|fp4|int8", help="Store the base's linear layers in 4 or 8 bits.")
+    ] = None,
 ) -> dict[str, Any]:
     """Answer a prompt.
 
@@ -50,7 +53,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     tokenizer = tokenizer_for(model, folders)
     encoded = encode(tokenizer, text, system=system)
-    loaded: Any = load_model(model, dtype=dtype)
+    loaded: Any = load_model(model, dtype=dtype, quantize=quantize)
     if folders:
         loaded = with_adapters(loaded, folders, names)
     screen = console()

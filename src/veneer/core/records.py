@@ -205,6 +205,8 @@ class RunRecord:
     """The folder of the adapter or model after the last step."""
     notes: tuple[str, ...]
     """Everything the run had to decide or leave out, in sentences."""
+    quantize: str | None = None
+    """How the base was quantised: nf4, fp4 or int8; None in full precision."""
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.errors import UsageError, listed, nearest
 from veneer.core.hub import CONFIG_NAME as ADAPTER_CONFIG
 from veneer.core.task_type import TaskType
+from veneer.tasks.quantise import quantisation_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,12 @@ _WHOLE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForS
 
 
 def load_model(
-    name_or_path: str | Path, *, auto_class: str = "AutoModelForCausalLM", dtype: str = "float32", **options: Any
+    name_or_path: str | Path,
+    *,
+    auto_class: str = "AutoModelForCausalLM",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """A pretrained model from a local folder, from the hub's cache or, when online, from the hub.
 
@@ -52,6 +58,7 @@ def load_model(
         name_or_path: a folder that ``save_pretrained`` wrote, or a hub name such as ``someone/model``.
         auto_class: the transformers auto class that gives the task its head.
         dtype: one of ``DTYPES``.
+        quantize: one of ``quantise.Quantisation``, to store the linear layers in a few bits.
         options: passed on to ``from_pretrained``, e.g. ``num_labels``.
 
     Raises:
@@ -61,7 +68,9 @@ def load_model(
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
-    load_config(name_or_path)
+    config = load_config(name_or_path)
+    if quantize is not None:
+        options["quantization_config"] = quantisation_config(quantize, dtype, config)
     model_class = getattr(transformers, auto_class)
     # Mismatches are let through so that they come back in the report instead of as a table on the screen.
     given = {"dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from veneer.core.config import LoraConfig, PeftConfig, field_docs
 from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
+from veneer.tasks.quantise import Quantisation
 
 Method = Literal["lora", "full", "head"]
 
@@ -92,6 +93,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """The largest norm of the gradient; null does not clip."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: slower, with less memory."""
+    quantize: Quantisation | None = None
+    """Store the frozen base's linear layers in 4 or 8 bits (QLoRA); needs bitsandbytes and method lora."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """The arithmetic of the forward pass; what is trained stays in fp32."""
     max_length: int = Field(1024, ge=2)
@@ -133,6 +136,11 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
         if self.method == "lora":
             self.adapter()
             return
+        if self.quantize is not None:
+            raise ConfigError(
+                f"quantize={self.quantize} has no meaning with method={self.method}, which trains the model's own "
+                "weights: in so few bits they cannot learn. Use method=lora, or leave quantize out."
+            )
         fields = type(self).model_fields
         set_here = [
             name

@@ -355,6 +355,7 @@ class Loop:
             best=str(self.folder / checkpoint.BEST) if self.best_step is not None else None,
             last=str(self.folder / checkpoint.LAST),
             notes=self.plan.notes,
+            quantize=self.config.quantize,
         )
 
     def _summed(self, count: int) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from veneer.adapters.model import get_peft_model
+from veneer.adapters.kbit import bytes_per_weight, quantised_slots
+from veneer.adapters.model import PeftModel, get_peft_model
 from veneer.core.errors import ConfigError
 from veneer.core.task_type import TaskType
 from veneer.train.config import RunConfig
@@ -43,7 +44,7 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType) -> 
         raise ConfigError(f"{type(model).__name__} does not support gradient_checkpointing; leave it off.")
     if config.method == "lora":
         adapted = get_peft_model(model, config.adapter(task_type))
-        return Trained(adapted, *adapted.get_nb_trainable_parameters(), notes=())
+        return Trained(adapted, *adapted.get_nb_trainable_parameters(), notes=_storage(adapted))
     notes: list[str] = []
     if config.method == "full":
         model.requires_grad_(True)
@@ -57,6 +58,15 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType) -> 
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Trained(model, trainable, sum(p.numel() for p in model.parameters()), tuple(notes))
+
+
+def _storage(adapted: PeftModel) -> tuple[str, ...]:
+    """How a quantised base is stored."""
+    slots = quantised_slots(adapted.base_model.index)
+    if not slots:
+        return ()
+    size = bytes_per_weight(slots)
+    return (f"{len(slots)} layers of the base are quantised and take {size:.3f} bytes a weight.",)
 
 
 def _free_head(model: PreTrainedModel) -> list[str]:

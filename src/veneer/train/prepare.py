@@ -77,7 +77,12 @@ def prepare(
     held_out = _held_out(task, held_out_rows, tokenizer, how)
     if model is None:
         dtype = "bfloat16" if config.precision == "bf16" and config.method == "lora" else "float32"
-        model = load_model(str(config.model), auto_class=task.auto_class, dtype=dtype)
+        model = load_model(str(config.model), auto_class=task.auto_class, dtype=dtype, quantize=config.quantize)
+    elif config.quantize is not None:
+        raise ConfigError(
+            f"quantize={config.quantize} has no effect on a model that is loaded already; load that one quantised, or "
+            "name the model in the config."
+        )
     trained = prepared(model, config, task.task_type)
     per_epoch = -(-len(train_set.examples) // (config.batch_size * config.accumulation * processes))
     return Plan(
