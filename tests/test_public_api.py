@@ -23,6 +23,7 @@ FROZEN = [
     "TrainingError",
     "UsageError",
     "VeneerError",
+    "VeraConfig",
     "get_peft_model",
     "prepare_model_for_kbit_training",
 ]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from veneer.core.task_type import TaskType
     from veneer.variants.adalora import AdaLoraConfig
+    from veneer.variants.vera import VeraConfig
 
 __all__ = [
     "AdaLoraConfig",
@@ -43,12 +44,14 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "VeneerError",
+    "VeraConfig",
     "get_peft_model",
     "prepare_model_for_kbit_training",
 ]
 
 _HOMES = {
     "AdaLoraConfig": "veneer.variants.adalora",
+    "VeraConfig": "veneer.variants.vera",
     "LoraConfig": "veneer.core.config",
     "PeftConfig": "veneer.core.config",
     "PeftModel": "veneer.adapters.model",

@@ -17,6 +17,7 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.card import model_card
 from veneer.adapters.fingerprint import differs, fingerprint
 from veneer.adapters.names import Names
+from veneer.adapters.shared import checksum_of, saved_shared, with_shared
 from veneer.adapters.targets import Selection, select
 from veneer.adapters.tokens import KEY as ROWS
 from veneer.core.config import PeftConfig, read_json
@@ -99,12 +100,16 @@ def adapter_state(
                 raise AdapterFileError(f"The given state dict has no {PREFIX}{memory}; it must be the whole model's.")
             tensor = full
         found[f"{PREFIX}{disk}"] = tensor.detach()
+    for key, memory, tensor in saved_shared(adapted, name):
+        found[key] = (tensor if state_dict is None else state_dict.get(memory, tensor)).detach()
     if packed:
         for path, layer in adapted.layers_of(name).items():
             for key, spec in layer.specs[name].items():
                 if spec.saved:
                     disk = f"{PREFIX}{there.wrapper(path)}.{spec.file_key or key}"
-                    found[disk] = layer.variants[name].in_file(key, found[disk], path, adapted.peft_config[name])
+                    kept = layer.variants[name].in_file(key, found[disk], path, adapted.peft_config[name])
+                    assert kept is not None
+                    found[disk] = kept
     return dict(sorted(found.items()))
 
 
@@ -139,7 +144,7 @@ def save(
         inner = "token_adapter.base_layer." if path in adapted.tokens.wrappers else inner
         tensors[f"{PREFIX}{path}.{inner}weight"] = weight.detach()
     brought = [*adapted.saved_of(name), *embeddings, *adapted.tokens.covered(name)]
-    metadata = {"format": "pt", _FINGERPRINT: fingerprint(adapted, brought)}
+    metadata = {"format": "pt", _FINGERPRINT: fingerprint(adapted, brought), **checksum_of(adapted, name)}
     ready = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
     card = model_card(config, adapted.reports[name], bytes_on_disk=size, figures=figures or {})
@@ -240,6 +245,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         # PEFT writes the rows again for a tied head when it writes whole embeddings.
         left.pop(f"{PREFIX}{path}.{ROWS}", None)
     selection = replace(selection, tokens=tuple(rows))
+    selection = with_shared(selection, left, files.metadata, problems, files.source)
     embeddings, brought = _embeddings_in(adapted, left, problems)
     for path in whole:
         # PEFT's bias="all" writes the biases of a module saved whole three times; only one of them is used.

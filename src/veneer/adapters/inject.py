@@ -18,6 +18,7 @@ from veneer.adapters.lifecycle import remove
 from veneer.adapters.rebase import STANDING, initial_tensors
 from veneer.adapters.routing import BASE
 from veneer.adapters.saved import ModulesToSaveWrapper
+from veneer.adapters.shared import placed
 from veneer.adapters.target import Target
 from veneer.adapters.targets import Selection, select
 from veneer.core import registry
@@ -85,7 +86,10 @@ def inject(
     copies = {slot.path: _copy(slot.module) for slot in selection.saved}
     rows = adapted.tokens.fresh(selection.tokens, _whole(adapted, selection), autocast_adapter_dtype, device)
     if shared is None:
+        shared = selection.shared
+    if shared is None:
         shared = selection.variant.shared([view(t.slot).shape() for t in selection.targets], selection.config)
+    shared = placed(selection, shared, _dtype(view(selection.targets[0].slot).placement()[1], autocast_adapter_dtype))
     try:
         adapted.tokens.add(name, selection.tokens, rows)
         adapted.invocations.add(name, config)
@@ -100,6 +104,11 @@ def _whole(adapted: AdaptedModel, selection: Selection) -> list[str]:
     """The modules that adapters change as a whole, this one and those that are there."""
     mine = [*(target.slot for target in selection.targets), *selection.saved]
     return [*adapted.layers, *adapted.saved, *(slot.path for slot in mine)]
+
+
+def _dtype(own: torch.dtype, widen: bool) -> torch.dtype:
+    """The dtype of new tensors beside a weight of this one."""
+    return torch.float32 if widen and own in _HALF else own
 
 
 def check_name(name: str) -> None:
@@ -130,7 +139,7 @@ def _start(target: Target, selection: Selection, widen: bool, device: torch.devi
     init: AbstractInit = registry.load("inits", selection.config.init).Init()
     base = view(target.slot)
     here, own = base.placement()
-    dtype = torch.float32 if widen and own in _HALF else own
+    dtype = _dtype(own, widen)
     where = here if device is None else torch.device(device)
     fresh = {key: torch.empty(spec.shape, dtype=dtype, device=where) for key, spec in target.specs.items()}
     if where.type == "meta":

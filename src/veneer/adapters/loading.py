@@ -108,6 +108,7 @@ def _pairs(adapted: AdaptedModel, name: str, fitted: Fitted, *, factors: bool) -
         for path, keyed in fitted.factors.items():
             tensors = adapted.layers[path].tensors(name)
             yield from ((tensors[key], loaded) for key, loaded in keyed.items())
+        yield from ((now, (fitted.selection.shared or {})[key]) for key, now in adapted.shared.of(name).items())
         rows = adapted.tokens.of(name)
         yield from ((rows[e.slot.path], e.values) for e in fitted.selection.tokens if e.values is not None)
     for path, keyed in fitted.whole.items():

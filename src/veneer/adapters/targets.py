@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapters.defaults import DEFAULT_TARGETS
 from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
@@ -43,6 +43,8 @@ class Selection:
     report: MatchReport
     tokens: tuple[TokenRows, ...] = ()
     """Rows of tables that are trained."""
+    shared: Mapping[str, Tensor] | None = None
+    """Tensors that all its layers share, from a file; without them the variant makes them."""
 
 
 def select(index: ModuleIndex, config: PeftConfig, *, from_file: bool = False) -> Selection:
@@ -288,7 +290,7 @@ class _Selector:
     def biases(self, targets: list[Target], saved: list[Slot]) -> tuple[str, ...]:
         if self.config.bias == "none":
             return ()
-        if self.config.bias == "lora_only":
+        if self.config.bias == self.config.own_biases:
             names = [f"{target.slot.path}.bias" for target in targets]
             found = [name for name in names if name in self.index.parameter_sizes]
         else:

@@ -72,6 +72,7 @@ class PeftConfig:
     """
 
     not_built: ClassVar[Mapping[str, Any]] = {}
+    not_in_file: ClassVar[frozenset[str]] = frozenset()
 
     task_type: TaskType | str | None = None
     """What the model is for; decides whether its head is trained and saved."""
@@ -122,7 +123,7 @@ class PeftConfig:
         """The fields as plain JSON values, in the spelling that PEFT reads, keys sorted."""
         values: dict[str, Any] = {key: value for key, value in self.not_built.items() if key not in _NOT_SAVED}
         for f in dataclasses.fields(self):
-            if f.name not in _NOT_SAVED:
+            if f.name not in _NOT_SAVED | self.not_in_file:
                 values[f.name] = _plain(getattr(self, f.name))
         values["peft_version"] = PEFT_FORMAT
         if isinstance(self.task_type, TaskType):

@@ -125,13 +125,13 @@ class AbstractVariant(ABC):
         """
 
     @abstractmethod
-    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
+    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor | None:
         """What of a tensor goes into the adapter's file: the tensor itself, for most variants.
 
         Args:
             key: the tensor's key.
             tensor: its value.
-            path: the layer's path in the base model.
+            path: the layer's path in the base model; empty for a shared tensor, which may stay out (None).
             config: the adapter's config as it is now.
         """
 
