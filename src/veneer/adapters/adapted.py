@@ -7,7 +7,7 @@ after the first adapter.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ from veneer.core.base import Into
 from veneer.core.config import PeftConfig
 from veneer.core.errors import UsageError, listed, nearest
 from veneer.core.records import MatchReport
+
+if TYPE_CHECKING:
+    from veneer.adapters.replication import Replication
 
 
 @final
@@ -45,6 +48,7 @@ class AdaptedModel(nn.Module):
         self.reports: dict[str, MatchReport] = {}
         self.active_adapters: list[str] = []
         self.enabled = True
+        self.replication: Replication | None = None
         self.budgets: dict[str, RankBudget] = {}
         self.merged_into: Into | None = None
         if any(isinstance(slot.module, AdaptedLayer) for slot in self.index.slots.values()):
@@ -57,6 +61,8 @@ class AdaptedModel(nn.Module):
         """The model's output; with ``adapter_names``, each row of the batch through the adapter of its name."""
         if adapter_names is None and self.router.idle:
             outputs = self._modules["model"](*args, **kwargs)  # type: ignore[misc]
+        else:
+            outputs = forward(self, adapter_names, args, kwargs)
         if self.training and isinstance(getattr(outputs, "loss", None), Tensor):
             more = penalty(self)
             if more is not None:
@@ -74,7 +80,6 @@ class AdaptedModel(nn.Module):
             UsageError: no active adapter is an AdaLoRA adapter that learns.
         """
         update_and_allocate(self, global_step)
-        return forward(self, adapter_names, args, kwargs)
 
     def layers_of(self, name: str) -> dict[str, AdaptedLayer]:
         """The layers that an adapter is on."""
