@@ -12,9 +12,13 @@ FROZEN = [
     "AdapterFileError",
     "BaseMismatchWarning",
     "ConfigError",
+    "CordaConfig",
     "DataError",
     "DiskError",
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MergeError",
     "PeftConfig",
     "PeftModel",
@@ -24,10 +28,26 @@ FROZEN = [
     "UsageError",
     "VeneerError",
     "VeraConfig",
+    "get_eva_state_dict",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
 ]
-HEAVY = ("transformers", "accelerate", "datasets", "matplotlib", "pydantic", "peft", "typer", "rich", "huggingface_hub", "bitsandbytes")
+HEAVY = (
+    "transformers",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "pydantic",
+    "peft",
+    "typer",
+    "rich",
+    "huggingface_hub",
+    "bitsandbytes",
+)
 
 
 def test_public_names() -> None:

@@ -9,6 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+    from veneer.adapters.lora_ga import preprocess_loraga
+    from veneer.adapters.loftq import replace_lora_weights_loftq
+    from veneer.adapters.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from veneer.adapters.corda import preprocess_corda
     from veneer.adapters.kbit import prepare_model_for_kbit_training
     from veneer.adapters.model import PeftModel, get_peft_model
     from veneer.core.config import LoraConfig, PeftConfig
@@ -33,9 +38,13 @@ __all__ = [
     "AdapterFileError",
     "BaseMismatchWarning",
     "ConfigError",
+    "CordaConfig",
     "DataError",
     "DiskError",
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MergeError",
     "PeftConfig",
     "PeftModel",
@@ -45,19 +54,33 @@ __all__ = [
     "UsageError",
     "VeneerError",
     "VeraConfig",
+    "get_eva_state_dict",
     "get_peft_model",
+    "initialize_lora_eva_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
 ]
 
 _HOMES = {
     "AdaLoraConfig": "veneer.variants.adalora",
-    "VeraConfig": "veneer.variants.vera",
+    "CordaConfig": "veneer.core.start_config",
+    "EvaConfig": "veneer.core.start_config",
+    "LoftQConfig": "veneer.core.start_config",
     "LoraConfig": "veneer.core.config",
+    "LoraGAConfig": "veneer.core.start_config",
     "PeftConfig": "veneer.core.config",
     "PeftModel": "veneer.adapters.model",
     "TaskType": "veneer.core.task_type",
+    "VeraConfig": "veneer.variants.vera",
+    "get_eva_state_dict": "veneer.adapters.eva",
     "get_peft_model": "veneer.adapters.model",
+    "initialize_lora_eva_weights": "veneer.adapters.eva",
     "prepare_model_for_kbit_training": "veneer.adapters.kbit",
+    "preprocess_corda": "veneer.adapters.corda",
+    "preprocess_loraga": "veneer.adapters.lora_ga",
+    "replace_lora_weights_loftq": "veneer.adapters.loftq",
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import veneer
 from tests.contract.bases import BaseCase, all_cases, cases_of
+from tests.contract.evidence import prepare
 from veneer.core import registry
 from veneer.core.base import AbstractBase, WeightBase
 from veneer.core.errors import ConfigError, MergeError
@@ -24,7 +25,7 @@ from veneer.core.variant import AbstractVariant, variant_of
 VARIANTS, INITS = registry.names("variants"), registry.names("inits")
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
-R, ALPHA = 3, 7
+R, ALPHA = 2, 7
 
 
 def _combinations(exact: bool | None) -> pytest.MarkDecorator:
@@ -55,9 +56,10 @@ def config(variant: str, init: str = "kaiming", **more: Any) -> Any:
     """The variant's config, with those of the usual fields that it has; a start that it refuses is skipped."""
     found = registry.load("variants", variant).Variant
     known = {f.name for f in fields(found.config_class)}
-    usual = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": init}
+    named = f"{init}_2" if init.endswith("_niter") else init
+    usual = {"r": R, "lora_alpha": ALPHA, "target_modules": ["layer"], "init_lora_weights": named}
     if "init_r" in known:
-        usual |= {"r": 8, "init_r": R, "target_r": 2, "total_step": 10}
+        usual |= {"r": 8, "init_r": R, "target_r": R - 1, "total_step": 10}
     if "init_lora_weights" not in known and init != "kaiming":
         pytest.skip(f"{found.config_class.__name__} starts in its own way.")
     if "lora_dropout" in more and "lora_dropout" not in known:
@@ -80,6 +82,7 @@ def adapt(model: nn.Module, config: Any, *names: str) -> veneer.PeftModel:
     """Adapt, or skip a combination that the variant refuses, which it must do before it touches anything."""
     try:
         config = replace(config, **model.case.fields)
+        prepare(model, config, model.case.inputs)
         adapted = veneer.get_peft_model(model, config, names[0] if names else "default")
     except ConfigError as refusal:
         assert type(model.layer).__name__ != "AdaptedLayer"
@@ -95,7 +98,10 @@ def move(model: nn.Module, seed: int = 1) -> None:
     layer = model.base_model.model.layer
     with torch.no_grad():
         for name in sorted(layer.specs):
-            for parameter in layer.tensors(name).values():
+            for key, parameter in layer.tensors(name).items():
+                # A weight to stand on that no file holds is what the start made it.
+                if not layer.specs[name][key].saved:
+                    continue
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -156,7 +162,8 @@ def test_start(variant: str, base: str, case: str, init: str, dtype: torch.dtype
     identity = registry.load("inits", init).Init.identity
     for training in (False, True):
         before, after = frozen[training], adapted.train(training)(x)
-        assert torch.equal(after, before) == (identity == "exact")
+        if identity != "rounded":
+            assert torch.equal(after, before) == (identity == "exact")
         assert after.dtype == before.dtype
         if identity == "rounded" and not training:
             # Dropout drops a part of what the start took out of W.

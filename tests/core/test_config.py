@@ -52,10 +52,6 @@ REFUSED = {
     "runtime_config": {"ephemeral_gpu_offload": True},
     "megatron_config": {"a": 1},
     "megatron_core": "other",
-    "loftq_config": {"loftq_bits": 4},
-    "eva_config": {"rho": 2},
-    "corda_config": {"a": 1},
-    "lora_ga_config": {"a": 1},
     "velora_config": {"a": 1},
     "monteclora_config": {"a": 1},
     "layer_replication": [[0, 1]],
@@ -101,6 +97,10 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("init_lora_weights", True, True),
     ("init_lora_weights", False, False),
     ("init_lora_weights", "gaussian", "gaussian"),
+    ("init_lora_weights", "PiSSA_niter_16", "pissa_niter_16"),
+    # With values of their own they are tested in test_start_config.py.
+    ("loftq_config", {}, {}),
+    *[(f"{start}_config", None, None) for start in ("eva", "corda", "lora_ga")],
     # As PEFT: any case. The names of PEFT's true and false are written as PEFT reads them.
     ("init_lora_weights", "Gaussian", "gaussian"),
     ("init_lora_weights", "kaiming", True),
@@ -168,7 +168,7 @@ BAD: list[tuple[str, Any]] = [
     *[("use_rslora", value) for value in (1, "true", None)],
     *[("lora_bias", value) for value in (1, "true", None)],
     *[("inference_mode", value) for value in (1, "true", None)],
-    *[("init_lora_weights", value) for value in ("gausian", "pissa", "eva", 3, None)],
+    *[("init_lora_weights", value) for value in ("gausian", "pisa", "pissa_niter", 3, None)],
     *[("target_modules", value) for value in ("", [], [""], [1], 3, "(", ["q", None])],
     *[("exclude_modules", value) for value in ("", [1], "(")],
     *[("modules_to_save", value) for value in ("classifier", [1], 3)],
@@ -325,6 +325,7 @@ def test_trainers_questions_have_answers() -> None:
 
 def test_every_start_in_the_rooms_can_be_chosen() -> None:
     for name in registry.names("inits"):
-        assert LoraConfig(init_lora_weights=name).init == name
+        given = f"{name}_4" if name == "pissa_niter" else name
+        assert LoraConfig(init_lora_weights=given).init == name
     assert LoraConfig().init == "kaiming"
     assert LoraConfig(init_lora_weights=False).init == "random"

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.card import model_card
+from veneer.adapters.embeddings import embeddings_in, embeddings_to_save
 from veneer.adapters.fingerprint import differs, fingerprint
+from veneer.adapters.rebase import made_again
 from veneer.adapters.names import Names
 from veneer.adapters.shared import checksum_of, saved_shared, with_shared
 from veneer.adapters.targets import Selection, select
@@ -138,7 +140,7 @@ def save(
     """
     config = adapted.peft_config[name]
     tensors = adapter_state(adapted, name, state_dict=state_dict)
-    embeddings = _embeddings_to_save(adapted, name, save_embedding_layers)
+    embeddings = embeddings_to_save(adapted, name, save_embedding_layers)
     for path, weight in embeddings.items():
         inner = "base_layer." if path in adapted.layers else ""
         inner = "token_adapter.base_layer." if path in adapted.tokens.wrappers else inner
@@ -209,6 +211,13 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
     left = dict(files.tensors)
     problems: list[str] = []
+    remade = made_again(
+        files.source,
+        files.tensors,
+        selection.config,
+        names={name for target in selection.targets for name in target.on_disk()},
+        evidence=all(target.slot.evidence() is not None for target in selection.targets),
+    )
 
     def take(key: str, shape: tuple[int, ...], floating: bool = True) -> Tensor | None:
         tensor = left.pop(f"{PREFIX}{key}", None)
@@ -227,6 +236,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         target.slot.path: {
             key: take(f"{names.wrapper(target.slot.path)}.{spec.file_key or key}", spec.shape)
             for key, spec in target.on_disk().items()
+            if key not in remade
         }
         for target in selection.targets
     }
@@ -246,7 +256,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         left.pop(f"{PREFIX}{path}.{ROWS}", None)
     selection = replace(selection, tokens=tuple(rows))
     selection = with_shared(selection, left, files.metadata, problems, files.source)
-    embeddings, brought = _embeddings_in(adapted, left, problems)
+    embeddings, brought = embeddings_in(adapted, left, problems, PREFIX)
     for path in whole:
         # PEFT's bias="all" writes the biases of a module saved whole three times; only one of them is used.
         for inside in ("original_module.", "modules_to_save."):
@@ -297,95 +307,6 @@ def _clause(key: str, expected: list[str]) -> str:
 def _other_model(config: PeftConfig) -> str:
     name = config.base_model_name_or_path
     return f" The adapter was made for {name!r}." if name else ""
-
-
-def _embedding_paths(adapted: AdaptedModel) -> list[str]:
-    paths = dict.fromkeys((adapted.index.input_path, adapted.index.output_path))
-    # A vision model calls the module that cuts its image into patches an embedding; that is no table of tokens.
-    return [path for path in paths if path is not None and "weight" in adapted.index.slots[path].module._parameters]
-
-
-def _embeddings_to_save(adapted: AdaptedModel, name: str, wanted: bool | Literal["auto"]) -> dict[str, nn.Parameter]:
-    if not wanted:
-        return {}
-    found = {
-        path: adapted.original(f"{path}.weight") for path in _embedding_paths(adapted) if path not in adapted.saved
-    }
-    if wanted == "auto":
-        before = _earlier_vocabulary(adapted, adapted.peft_config[name])
-        if before is None:
-            return {}
-        # A table of which every new row is trained needs nothing but these rows.
-        rows = adapted.tokens.covered(name)
-        new = {path: range(min(before, len(table) - 1), len(table)) for path, table in found.items()}
-        found = {path: table for path, table in found.items() if not rows.get(path, frozenset()).issuperset(new[path])}
-    if found and wanted == "auto":
-        warnings.warn(
-            f"The vocabulary was resized, so {listed(found)} is saved whole with the adapter; pass "
-            "save_embedding_layers=False to leave it out, or train its new rows alone with trainable_token_indices.",
-            stacklevel=4,
-        )
-    return found
-
-
-def _earlier_vocabulary(adapted: AdaptedModel, config: PeftConfig) -> int | None:
-    """The size of the vocabulary in the model's checkpoint when it is another, as far as local files can tell."""
-    now = getattr(getattr(adapted.model, "config", None), "vocab_size", None)
-    name = config.base_model_name_or_path
-    if now is None or not name:
-        return None
-    if Path(name).is_dir():
-        path = Path(name) / "config.json"
-    else:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:
-            return None
-        if not isinstance(cached, str):
-            return None
-        path = Path(cached)
-    if not path.is_file():
-        return None
-    before = read_json(path).get("vocab_size")
-    return before if isinstance(before, int) and before != now else None
-
-
-def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tables are equal in the coarser of their dtypes: a base may be loaded in another precision."""
-    coarse = a.dtype if torch.finfo(a.dtype).eps > torch.finfo(b.dtype).eps else b.dtype
-    return torch.equal(a.to(b.device, coarse), b.to(coarse))
-
-
-def _embeddings_in(
-    adapted: AdaptedModel, left: dict[str, Tensor], problems: list[str]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Whole embedding weights beside an adapter: PEFT writes them for targeted and for resized embeddings.
-
-    Returns:
-        Those that differ from the base's, by parameter name, and the paths of all. A base on the meta device has no
-        values to compare, so that all are taken to differ.
-    """
-    found: dict[str, Tensor] = {}
-    brought: list[str] = []
-    for path in _embedding_paths(adapted):
-        for inner in ("base_layer.", "token_adapter.base_layer.", ""):
-            key = f"{PREFIX}{path}.{inner}weight"
-            if key not in left:
-                continue
-            tensor = left.pop(key)
-            now = adapted.original(f"{path}.weight")
-            if tensor.shape != now.shape:
-                problems.append(
-                    f"{key} has shape {tuple(tensor.shape)}, expected {tuple(now.shape)}: call "
-                    f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
-                )
-            elif now.is_meta or not same_values(tensor, now.detach()):
-                found[f"{path}.weight"] = tensor
-            brought.append(path)
-    return found, brought
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

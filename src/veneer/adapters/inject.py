@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.index import view
+from veneer.adapters.index import EVIDENCE, view
 from veneer.adapters.invocation import check_tokens
 from veneer.adapters.kbit import quantised_slots, settle
 from veneer.adapters.layer import AdaptedLayer
@@ -22,6 +22,7 @@ from veneer.adapters.shared import placed
 from veneer.adapters.target import Target
 from veneer.adapters.targets import Selection, select
 from veneer.core import registry
+from veneer.core.base import AbstractBase
 from veneer.core.config import PeftConfig, TunerConfig
 from veneer.core.errors import UsageError, listed
 from veneer.core.init import AbstractInit
@@ -70,11 +71,18 @@ def inject(
         settle(quantised_slots(adapted.index))
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
     check_tokens(adapted.model, config, (t.slot.path for t in selection.targets), adapted.index.output_path)
+    unmerged = {
+        path: adapted.layers[path].original if path in adapted.layers else view(target.slot)
+        for target in selection.targets
+        for path in [target.slot.path]
+    }
     fresh = {
         target.slot.path: (
-            _start(target, selection, autocast_adapter_dtype, device)
+            _start(target, unmerged[target.slot.path], selection, autocast_adapter_dtype, device)
             if tensors is None
-            else _loaded(target, selection, autocast_adapter_dtype, tensors[target.slot.path])
+            else _loaded(
+                target, unmerged[target.slot.path], selection, autocast_adapter_dtype, tensors[target.slot.path]
+            )
         )
         for target in selection.targets
     }
@@ -97,6 +105,9 @@ def inject(
     except BaseException:
         remove(adapted, name)
         raise
+    if tensors is None:
+        for target in selection.targets:
+            target.slot.module.__dict__.pop(EVIDENCE, None)
     return selection
 
 
@@ -135,12 +146,14 @@ def _check_family(adapted: AdaptedModel, config: PeftConfig) -> None:
         )
 
 
-def _start(target: Target, selection: Selection, widen: bool, device: torch.device | str | None) -> dict[str, Tensor]:
+def _start(
+    target: Target, base: AbstractBase, selection: Selection, widen: bool, device: torch.device | str | None
+) -> dict[str, Tensor]:
     init: AbstractInit = registry.load("inits", selection.config.init).Init()
-    base = view(target.slot)
     here, own = base.placement()
     dtype = _dtype(own, widen)
-    where = here if device is None else torch.device(device)
+    # What a start takes from W is no file's to bring, so it is made at once.
+    where = here if device is None or init.subtracts or init.moves else torch.device(device)
     fresh = {key: torch.empty(spec.shape, dtype=dtype, device=where) for key, spec in target.specs.items()}
     if where.type == "meta":
         return fresh
@@ -156,12 +169,14 @@ def _start(target: Target, selection: Selection, widen: bool, device: torch.devi
     return fresh
 
 
-def _loaded(target: Target, selection: Selection, widen: bool, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _loaded(
+    target: Target, base: AbstractBase, selection: Selection, widen: bool, given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors of a file; what it does not hold is made as it was made when the adapter started."""
     cast = _cast(given, target, widen)
     if target.specs.keys() == given.keys() and not registry.load("inits", selection.config.init).Init.moves:
         return cast
-    return _start(target, selection, widen, None) | cast
+    return _start(target, base, selection, widen, None) | cast
 
 
 def _cast(given: Mapping[str, Tensor], target: Target, widen: bool) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base
 from veneer.adapters.inject import inject
 from veneer.core.errors import UsageError
 from veneer.core.records import MatchReport
+from veneer.core.variant import ParameterSpec
 
 
 def load_into(
@@ -121,14 +122,18 @@ def _pairs(adapted: AdaptedModel, name: str, fitted: Fitted, *, factors: bool) -
         yield adapted.original(key), loaded
 
 
+def _saved(specs: Mapping[str, ParameterSpec]) -> tuple[str, ...]:
+    return tuple(key for key, spec in specs.items() if spec.saved)
+
+
 def _check_same(adapted: AdaptedModel, name: str, fitted: Fitted) -> None:
     if any(name in layer.merged_adapters for layer in adapted.layers.values()):
         raise UsageError(f"{name!r} is merged into the weights; call unmerge_adapter() before loading onto it.")
     have = {
-        path: (layer.r[name], layer.scaling[name], tuple(layer.specs[name]))
+        path: (layer.r[name], layer.scaling[name], _saved(layer.specs[name]))
         for path, layer in adapted.layers_of(name).items()
     }
-    new = {t.slot.path: (t.r, t.scaling, tuple(t.specs)) for t in fitted.selection.targets}
+    new = {t.slot.path: (t.r, t.scaling, _saved(t.specs)) for t in fitted.selection.targets}
     same_rest = set(fitted.whole) == set(adapted.saved_of(name)) and set(fitted.biases) == set(
         adapted.biases.trained.get(name, ())
     )

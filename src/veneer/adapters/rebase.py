@@ -8,7 +8,8 @@ on one model, and none of it needs a second copy of W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal, final
 
 import torch
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 
 from veneer.core import registry
 from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype, plain_linear, shell
+from veneer.core.config import TunerConfig
+from veneer.core.errors import AdapterFileError
+from veneer.core.init import AbstractInit
 from veneer.core.variant import ParameterSpec
+
+_INITIAL = "initial_"
 
 STANDING = "initial_weight"
 """The key of a whole weight that an adapter stands on."""
@@ -30,12 +36,52 @@ def initial_tensors(base: AbstractBase, p: Mapping[str, Tensor], scaling: float)
 
 def initial_name(factor_name: str) -> str:
     """The key of the frozen copy of a starting factor: "lora_A.weight" becomes "initial_A.weight"."""
-    return factor_name.replace("lora_", "initial_", 1)
+    return factor_name.replace("lora_", _INITIAL, 1)
 
 
 def initial_specs(base: AbstractBase, specs: Mapping[str, ParameterSpec]) -> dict[str, ParameterSpec]:
     """The frozen copies that a start which takes a part of W needs beside a variant's own tensors."""
     return {initial_name(name): ParameterSpec(specs[name].shape, trainable=False) for name in base.factor_names}
+
+
+def frozen_specs(
+    base: AbstractBase, specs: Mapping[str, ParameterSpec], factor: Literal["A", "B"]
+) -> dict[str, ParameterSpec]:
+    """The factor that stays as it starts, as a tensor that does not learn."""
+    name = base.factor_names["AB".index(factor)]
+    return {name: replace(specs[name], trainable=False)}
+
+
+def made_again(
+    source: str, tensors: Iterable[str], config: TunerConfig, *, names: Iterable[str], evidence: bool
+) -> set[str]:
+    """Which frozen factors of a start a file leaves out, as PEFT's files do: PEFT computes them from W at every load.
+
+    Args:
+        source: the file, for the message.
+        tensors: the keys of its tensors.
+        config: the adapter's config.
+        names: all tensors that its layers have.
+        evidence: whether data was gathered for the start on every layer.
+
+    Raises:
+        AdapterFileError: they are not in the file, and cannot be known without it.
+    """
+    init: type[AbstractInit] = registry.load("inits", config.init).Init
+    wanted = {name for name in names if name.startswith(_INITIAL)}
+    if not wanted or any(key.endswith(tuple(f".{name}" for name in wanted)) for key in tensors):
+        return set()
+    if init.repeatable or (init.evidence and evidence):
+        return wanted
+    if init.evidence:
+        origin, way = "data", "gather its data again on this model first"
+    else:
+        origin = "a random draw, which PEFT repeats with another result at every load"
+        way = "pass a config with init_lora_weights='pissa' to take W's exact components in their place"
+    raise AdapterFileError(
+        f"{source} does not hold the factors that it started from, and they came from {origin}; save it as plain LoRA "
+        f"where it was trained (path_initial_model_for_weight_conversion), or {way}."
+    )
 
 
 def standing(base: AbstractBase, p: Mapping[str, Tensor]) -> AbstractBase:

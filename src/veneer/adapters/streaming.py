@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.files import AdapterFiles, Fitted, fit, same_values, warn_of_other_base, write_tensors
+from veneer.adapters.embeddings import same_values
+from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base, write_tensors
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import activate
 from veneer.adapters.loading import place, warn_of_own

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from veneer.adapters.index import ModuleIndex, Slot, view
-from veneer.adapters.rebase import initial_specs
+from veneer.adapters.rebase import frozen_specs, initial_specs
 from veneer.core import registry
 from veneer.core.base import AbstractBase, WeightBase
 from veneer.core.config import LoraConfig, TunerConfig
@@ -59,6 +59,8 @@ def _make(slot: Slot, r: int, alpha: float, variant: AbstractVariant, config: Tu
     if variant.options or type(config) is not LoraConfig or _needs_weight(init):
         _check_update(base, slot, r)
     specs = variant.parameters(base, r, config)
+    if init.frozen is not None:
+        specs |= frozen_specs(base, specs, init.frozen)
     if init.subtracts:
         specs |= initial_specs(base, specs)
     return Target(slot, slot.kind, r, alpha, times * variant.scaling(r, alpha, config), specs)

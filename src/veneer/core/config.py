@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal, final
 from veneer.core import registry
 from veneer.core.errors import ConfigError, nearest
 from veneer.core.peft_config import PEFT_FORMAT, PeftConfig, field_docs, read_json, require_bool, strict
+from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settings
 
 __all__ = [
     "PEFT_FORMAT",
@@ -28,10 +30,6 @@ _NOT_BUILT: dict[str, Any] = {
     "runtime_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
     "velora_config": None,
     "monteclora_config": None,
     "layer_replication": None,
@@ -157,7 +155,15 @@ class LowRankConfig(TunerConfig):
     lora_dropout: float = 0.0
     """The probability of dropping an input of A during training."""
     init_lora_weights: bool | str = True
-    """How A and B start: true (kaiming A, zero B), "gaussian", or false (both random)."""
+    """How A and B start: true (kaiming A, zero B), false (both random), or a start by name, such as "pissa"."""
+    loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)
+    """How "loftq" quantises: loftq_bits, loftq_iter."""
+    eva_config: dict[str, Any] | EvaConfig | None = None
+    """How "eva" reads activations: rho, tau, whiten and others."""
+    corda_config: dict[str, Any] | CordaConfig | None = None
+    """How "corda" splits the weights: corda_method and files to keep its work in."""
+    lora_ga_config: dict[str, Any] | LoraGAConfig | None = None
+    """How "lora_ga" uses gradients: direction, scale, stable_gamma."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """A rank for the modules whose name ends in the given name or regular expression."""
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
@@ -169,6 +175,26 @@ class LowRankConfig(TunerConfig):
         probability("lora_dropout", self.lora_dropout)
         self._check_patterns()
         self.init_lora_weights = _start(self.init_lora_weights)
+        self.loftq_config = settings("loftq_config", self.loftq_config, LoftQConfig) or {}
+        self.eva_config = settings("eva_config", self.eva_config, EvaConfig)
+        self.corda_config = settings("corda_config", self.corda_config, CordaConfig)
+        self.lora_ga_config = settings("lora_ga_config", self.lora_ga_config, LoraGAConfig)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Each start has its own settings, at their defaults when none are given; those of another one say nothing."""
+        for start, kind in _SETTINGS.items():
+            name = f"{start}_config"
+            given = getattr(self, name)
+            if start == self.init and not given:
+                setattr(self, name, kind())
+            elif start != self.init and given:
+                # As in PEFT, whose converted adapters have such files.
+                warnings.warn(
+                    f"{name} has no effect with init_lora_weights={self.init_lora_weights!r}; it is left out.",
+                    stacklevel=6,
+                )
+                setattr(self, name, {} if start == "loftq" else None)
 
     @property
     def rank(self) -> int:
@@ -192,9 +218,8 @@ class LowRankConfig(TunerConfig):
 
     @property
     def init(self) -> str:
-        return next((key for key, value in _STARTS.items() if value is self.init_lora_weights), None) or str(
-            self.init_lora_weights
-        )
+        named = next((key for key, value in _STARTS.items() if value is self.init_lora_weights), None)
+        return named or re.sub(r"(?<=_niter)_\d+$", "", str(self.init_lora_weights))
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -253,6 +278,8 @@ class LoraConfig(LowRankConfig):
         require_bool("lora_bias", self.lora_bias)
         require_bool("use_dora", self.use_dora)
         require_bool("use_lorafa", self.use_lorafa)
+        if self.use_lorafa and self.init == "mica":
+            raise ConfigError("use_lorafa=True freezes A and init_lora_weights='mica' freezes B; choose one of them.")
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias=True has no meaning with use_dora=True, which leaves biases as they are.")
         token_ids("trainable_token_indices", self.trainable_token_indices)
@@ -270,12 +297,14 @@ class LoraConfig(LowRankConfig):
 # The starts that PEFT's file spells as true and false.
 _STARTS = {"kaiming": True, "random": False}
 
+_SETTINGS = {"loftq": LoftQConfig, "eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
+
 
 def _start(value: Any) -> bool | str:
     if isinstance(value, bool):
         return value
-    known = registry.names("inits")
-    if not isinstance(value, str) or value.lower() not in known:
+    known = [f"{name}_N" if name.endswith("_niter") else name for name in registry.names("inits")]
+    if not isinstance(value, str) or re.sub(r"(?<=_niter)_\d+$", "_N", value.lower()) not in known:
         raise ConfigError(
             f"init_lora_weights is {value!r}; expected true, false or one of {', '.join(known)}."
             f"{nearest(str(value), known)}"
