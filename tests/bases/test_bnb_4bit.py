@@ -11,13 +11,23 @@ import torch.nn.functional as F
 from torch import nn
 
 import veneer
-from tests.contract.test_contract import Holder
 from veneer.adapters.index import ModuleIndex
 from veneer.adapters.kbit import bytes_per_weight, quantised_slots
 from veneer.bases.bnb_4bit import Base
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = pytest.mark.parametrize(("kind", "nested"), [(k, n) for k in ("nf4", "fp4") for n in (True, False)])
+
+
+class Holder(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
 
 
 def layer(kind: str = "nf4", nested: bool = True, out: int = 32, inputs: int = 64, dtype: Any = torch.float32) -> Any:

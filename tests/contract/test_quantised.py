@@ -20,13 +20,13 @@ from veneer.core import registry
 from veneer.core.errors import MergeError, UsageError
 
 
-def twin_of(base: str, model: nn.Module) -> Holder:
+def twin_of(base: str, model: Holder) -> Holder:
     """A model of one plain layer, with the weight that the quantised one is read as."""
     layer = model.layer
     W_OI = registry.load("bases", base).Base(layer).weight()
     plain = nn.Linear(W_OI.shape[1], W_OI.shape[0], layer.bias is not None)
     plain.load_state_dict({"weight": W_OI} | ({} if layer.bias is None else {"bias": layer.bias}))
-    return Holder(plain)
+    return Holder(plain, model.case)
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
