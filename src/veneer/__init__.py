@@ -9,12 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-    from veneer.adapters.lora_ga import preprocess_loraga
-    from veneer.adapters.loftq import replace_lora_weights_loftq
-    from veneer.adapters.eva import get_eva_state_dict, initialize_lora_eva_weights
     from veneer.adapters.corda import preprocess_corda
+    from veneer.adapters.eva import get_eva_state_dict, initialize_lora_eva_weights
     from veneer.adapters.kbit import prepare_model_for_kbit_training
+    from veneer.adapters.loftq import replace_lora_weights_loftq
+    from veneer.adapters.lora_ga import preprocess_loraga
     from veneer.adapters.model import PeftModel, get_peft_model
     from veneer.core.config import LoraConfig, PeftConfig
     from veneer.core.errors import (
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         UsageError,
         VeneerError,
     )
+    from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from veneer.core.task_type import TaskType
     from veneer.variants.adalora import AdaLoraConfig
     from veneer.variants.vera import VeraConfig
