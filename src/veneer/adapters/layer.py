@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -15,6 +16,7 @@ from veneer.core import registry
 from veneer.core.base import AbstractBase, InputBase, WeightBase, call_with, merge_dtype, shell
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
+BIAS = "lora_B.bias"
 _ALONE = Router()
 """The router of a layer that stands in no model yet; never used."""
 
@@ -36,6 +38,7 @@ class AdaptedLayer(nn.Module):
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
+    live_scaling: dict[str, Tensor]
     lora_dropout: dict[str, float]
     variants: dict[str, AbstractVariant]
     specs: dict[str, dict[str, ParameterSpec]]
@@ -61,6 +64,7 @@ class AdaptedLayer(nn.Module):
             r={},
             lora_alpha={},
             scaling={},
+            live_scaling={},
             lora_dropout={},
             variants={},
             specs={},
@@ -199,7 +203,8 @@ class AdaptedLayer(nn.Module):
 
     def _kept(self) -> tuple[dict[str, Any], ...]:
         """Everything about adapters beside their tensors, by name."""
-        return (self.variants, self.specs, self.shared, self.r, self.lora_alpha, self.scaling, self.lora_dropout)
+        numbers = (self.r, self.lora_alpha, self.scaling, self.live_scaling, self.lora_dropout)
+        return (self.variants, self.specs, self.shared, *numbers)
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's tensors, keyed as on disk."""
@@ -209,6 +214,25 @@ class AdaptedLayer(nn.Module):
             held = self._modules[container]
             found[key] = held._modules[name]._parameters[leaf] if leaf else held[name]  # type: ignore[union-attr,index,assignment]
         return found
+
+    def put(self, name: str, key: str, tensor: nn.Parameter) -> None:
+        """Take in a tensor of another shape in the place of one that an adapter has."""
+        container, _, leaf = key.partition(".")
+        held: Any = self._modules[container]
+        self.specs[name][key] = replace(self.specs[name][key], shape=tuple(tensor.shape))
+        if not leaf:
+            held[name] = tensor
+            return
+        holder = _holder(container, tuple(tensor.shape), self.base_layer)
+        holder._parameters.update(held[name]._parameters)
+        holder._parameters[leaf] = tensor
+        held[name] = holder
+
+    def set_scaling(self, name: str, scaling: float) -> None:
+        """Give an adapter another scaling, also where a compiled model reads it."""
+        self.scaling[name] = scaling
+        if name in self.live_scaling:
+            self.live_scaling[name].fill_(scaling)
 
     def given(self, name: str) -> dict[str, Tensor]:
         """All that an adapter computes with here: its own tensors and those that its layers share."""
@@ -258,7 +282,13 @@ class AdaptedLayer(nn.Module):
         assert isinstance(base, InputBase)
         assert isinstance(original, InputBase)
         dropout = self.lora_dropout[name] if self.training else 0.0
-        added = self.variants[name].forward(base, p, x, y, scaling=self.scaling[name], dropout=dropout)
+        live = self.live_scaling.get(name)
+        if live is None:
+            scaling = self.scaling[name]
+        else:
+            # A number would be part of what a compiler makes of this; so the scaling goes into the factors.
+            p, scaling = {key: t * live if key in (base.factor_names[1], BIAS) else t for key, t in p.items()}, 1.0
+        added = self.variants[name].forward(base, p, x, y, scaling=scaling, dropout=dropout)
         if y is not None and base is not original:
             added = added + (base.frozen(x) - original.frozen(x))
         return added

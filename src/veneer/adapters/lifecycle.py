@@ -221,13 +221,13 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise UsageError("An adapter is merged, so its scaling is part of the weights; call unmerge_adapter() first.")
     before = [(layer, name, scaling) for layer in layers for name, scaling in layer.scaling.items()]
     for layer, name, scaling in before:
-        layer.scaling[name] = scaling * multiplier
+        layer.set_scaling(name, scaling * multiplier)
     try:
         yield
     finally:
         for layer, name, scaling in before:
             if name in layer.scaling:
-                layer.scaling[name] = scaling
+                layer.set_scaling(name, scaling)
 
 
 def rename(adapted: AdaptedModel, old: str, new: str) -> None:

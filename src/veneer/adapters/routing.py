@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 BASE = "__base__"
 """The name of rows that go through the base model alone."""
 
-_INVOCATION = "alora_invocation_tokens"
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "inputs", "x")
 
 
@@ -327,12 +326,6 @@ def route(adapted: AdaptedModel, names: Sequence[str]) -> Routing:
         raise UsageError(
             f"{listed(biased or [str(shown)])} trains the base's biases, which all rows share; adapter_names cannot "
             "mix it with others: activate one adapter after the other."
-        )
-    invoked = [n for n in routing.order if n != BASE and getattr(adapted.peft_config[n], _INVOCATION, None)]
-    if invoked:
-        raise UsageError(
-            f"{listed(invoked)} begins at its {_INVOCATION}, which are looked for while it is active; activate it "
-            "instead of naming it in adapter_names."
         )
     if routing.uniform is None:
         check_layout(adapted, routing.order)
