@@ -16,6 +16,7 @@ from veneer.adapters.kbit import quantised_slots, settle
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.rebase import STANDING, initial_tensors
+from veneer.adapters.replication import replicated
 from veneer.adapters.routing import BASE
 from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.shared import placed
@@ -66,6 +67,20 @@ def inject(
         raise UsageError(f"There is already an adapter {name!r}; delete it first, or choose another name.")
     assert isinstance(config, TunerConfig)
     _check_family(adapted, config)
+    with replicated(adapted, config, ready=selection is not None):
+        return _inject(adapted, name, config, selection, tensors, shared, autocast_adapter_dtype, device)
+
+
+def _inject(
+    adapted: AdaptedModel,
+    name: str,
+    config: TunerConfig,
+    selection: Selection | None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None,
+    shared: Mapping[str, Tensor] | None,
+    autocast_adapter_dtype: bool,
+    device: torch.device | str | None,
+) -> Selection:
     selection = selection or select(adapted.index, config)
     if not adapted.peft_config:
         settle(quantised_slots(adapted.index))

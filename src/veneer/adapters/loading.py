@@ -13,6 +13,7 @@ from torch import Tensor
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base
 from veneer.adapters.inject import inject
+from veneer.adapters.replication import replicated
 from veneer.core.errors import UsageError
 from veneer.core.records import MatchReport
 from veneer.core.variant import ParameterSpec
@@ -47,12 +48,13 @@ def load_into(
             f"There is already an adapter {name!r}; delete it first, load under another name, or put the new weights "
             "in its place with hotswap_adapter."
         )
-    fitted = fit(adapted, files)
-    warn_of_other_base(adapted, files, fitted)
-    for key in fitted.embeddings:
-        if not adapted.original(key).is_meta:
-            warn_of_own(key)
-    return place(adapted, name, fitted, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype)
+    with replicated(adapted, files.config):
+        fitted = fit(adapted, files)
+        warn_of_other_base(adapted, files, fitted)
+        for key in fitted.embeddings:
+            if not adapted.original(key).is_meta:
+                warn_of_own(key)
+        return place(adapted, name, fitted, trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def place(

@@ -129,6 +129,9 @@ def unload(
         adapted.hang(path, wrapper.original_module if kept is None else wrapper.modules_to_save[kept])
     adapted.tokens.unload()
     adapted.invocations.clear()
+    if adapted.replication is not None:
+        # Merged layers are no longer alike; without a merge the model's own layers come back.
+        adapted.replication.settle() if merged else adapted.replication.undo(adapted)
     adapted.biases.settle()
     if unties:
         mark_untied(adapted.model)

@@ -146,7 +146,7 @@ def plain_config(
 
 
 _OVER = frozenset(
-    {"use_rslora", "use_dora", "use_lorafa", "init_lora_weights"}
+    {"use_rslora", "use_dora", "use_lorafa", "use_qalora", "qalora_group_size", "init_lora_weights"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 )
 

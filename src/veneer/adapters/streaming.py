@@ -24,7 +24,7 @@ from veneer.adapters.lifecycle import activate
 from veneer.adapters.loading import place, warn_of_own
 from veneer.adapters.merge import check_place, mark_untied, merged_bias, untied_by
 from veneer.core import registry
-from veneer.core.config import TunerConfig
+from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.disk import write_text, write_whole
 from veneer.core.errors import MergeError, NotStreamableError, UsageError, listed
 
@@ -205,6 +205,8 @@ def _refuse_start(name: str, files: AdapterFiles) -> None:
     assert isinstance(files.config, TunerConfig)
     if registry.load("inits", files.config.init).Init.moves:
         raise NotStreamableError(f"the adapter {name!r} stands on a weight that is made from the base's")
+    if isinstance(files.config, LoraConfig) and files.config.layer_replication:
+        raise NotStreamableError(f"the adapter {name!r} has layer_replication, and a deeper model than the files")
 
 
 def _without_values(layer: AdaptedLayer, names: Sequence[str]) -> bool:

@@ -32,7 +32,6 @@ _NOT_BUILT: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "velora_config": None,
     "monteclora_config": None,
-    "layer_replication": None,
     "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
@@ -265,6 +264,8 @@ class LoraConfig(LowRankConfig):
     """Freeze A, so that training keeps only its few outputs for backward (LoRA-FA, arXiv 2308.03303)."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows are trained and saved: of the input embedding, or of modules by name."""
+    layer_replication: list[list[int]] | None = None
+    """Ranges of layers, [[start, end], ...], that the model is made of anew; copies share the base's weights."""
     use_qalora: bool = False
     """Let A see the sums of groups of inputs, as quantised weights group them (QALoRA, arXiv 2309.14717)."""
     qalora_group_size: int = 16
@@ -283,6 +284,12 @@ class LoraConfig(LowRankConfig):
         if self.use_dora and self.lora_bias:
             raise ConfigError("lora_bias=True has no meaning with use_dora=True, which leaves biases as they are.")
         token_ids("trainable_token_indices", self.trainable_token_indices)
+        self.layer_replication = layer_ranges("layer_replication", self.layer_replication)
+        if self.layer_replication and self.bias != "none":
+            raise ConfigError(
+                f"bias={self.bias!r} has no meaning with layer_replication, whose copies share the base's biases; "
+                "use bias='none'."
+            )
         require_bool("use_qalora", self.use_qalora)
         positive_int("qalora_group_size", self.qalora_group_size)
         if not self.use_qalora and self.qalora_group_size != type(self).qalora_group_size:
@@ -325,6 +332,25 @@ def _names(field_name: str, value: Any) -> list[str] | str | None:
     if not value and field_name == "target_modules":
         raise ConfigError("target_modules is an empty list; name at least one module, or leave it out.")
     return sorted(value) if isinstance(value, set | frozenset) else list(dict.fromkeys(value))
+
+
+def layer_ranges(name: str, value: Any) -> list[list[int]] | None:
+    """Pairs of layer numbers, each [start, end) with at least one layer, as lists; None for none.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if value is None or value == []:
+        return None
+    pairs = list(value) if isinstance(value, list | tuple) else [value]
+    for pair in pairs:
+        numbers = list(pair) if isinstance(pair, list | tuple) else []
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        if len(numbers) != 2 or not whole or not 0 <= numbers[0] < numbers[1]:
+            raise ConfigError(
+                f"{name} has {pair!r}; expected ranges of layers [[start, end], ...], each from start to before end."
+            )
+    return [list(pair) for pair in pairs]
 
 
 def sequence_of_ids(name: str, value: Any) -> None:
