@@ -165,6 +165,20 @@ def test_only_the_input_and_xA_are_kept(dtype: torch.dtype, dropped: bool) -> No
     assert held in {tensor.untyped_storage().data_ptr() for tensor in kept}
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
+def test_a_frozen_A_keeps_its_few_outputs_and_not_the_input(dropped: bool) -> None:
+    given = operands((50, IN), dtype=torch.float32, dropped=dropped)
+    given["B_OR"].requires_grad_()
+    given["x"].requires_grad_()
+    assert sizes(saved_for_backward(given)) == [50 * R * 4]
+
+
+def test_a_frozen_B_keeps_the_input_alone() -> None:
+    given = operands((50, IN), dtype=torch.float32)
+    given["A_RI"].requires_grad_()
+    assert sizes(saved_for_backward(given)) == [50 * IN * 4]
+
+
 def test_float32_factors_on_a_bfloat16_layer_copy_the_factors_and_not_the_input() -> None:
     given = operands((500, IN), dtype=torch.bfloat16)
     given["A_RI"], given["B_OR"] = given["A_RI"].float().requires_grad_(), given["B_OR"].float().requires_grad_()

@@ -42,8 +42,10 @@ class _LoraLinear(torch.autograd.Function):
         in_A = x if dropped is None else dropped
         y_NO = F.linear(x.reshape(-1, x.shape[-1]), W_OI, bias_O)
         xA_RN = add_update(y_NO, in_A, A_RI, B_OR, scaling)
-        ctx.save_for_backward(in_A, xA_RN, W_OI, A_RI, B_OR)
-        ctx.scaling = scaling
+        # The input is kept for A's gradient alone, and what comes out of A for B's.
+        *_, keep_in, keep_out, _ = ctx.needs_input_grad
+        ctx.save_for_backward(in_A if keep_in else None, xA_RN if keep_out else None, W_OI, A_RI, B_OR)
+        ctx.scaling, ctx.shape = scaling, in_A.shape
         ctx.has_dropped = dropped is not None
         return y_NO.view(*x.shape[:-1], W_OI.shape[0])
 
@@ -63,9 +65,9 @@ class _LoraLinear(torch.autograd.Function):
             d_x = g_NO @ W_OI
             if not ctx.has_dropped:
                 d_x.addmm_(gB_RN.t(), A_RI)
-            d_x = d_x.view(in_A.shape)
+            d_x = d_x.view(ctx.shape)
         if need_dropped:
-            d_dropped = (gB_RN.t() @ A_RI).view(in_A.shape)
+            d_dropped = (gB_RN.t() @ A_RI).view(ctx.shape)
         if need_bias:
             d_bias = g_NO.sum(0)
         return d_x, d_dropped, None, d_bias, d_A, d_B, None

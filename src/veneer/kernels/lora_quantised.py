@@ -35,7 +35,10 @@ class _LoraQuantised(torch.autograd.Function):
         in_A = x if dropped is None else dropped
         y = product(x)
         xA_RN = add_update(y.view(-1, y.shape[-1]), in_A, A_RI, B_OR, scaling)
-        ctx.save_for_backward(in_A, xA_RN, A_RI, B_OR)
+        # The input is kept for A's gradient alone, and what comes out of A for B's.
+        keep_in, keep_out = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(in_A if keep_in else None, xA_RN if keep_out else None, A_RI, B_OR)
+        ctx.shape = in_A.shape
         ctx.scaling, ctx.read, ctx.has_dropped = scaling, read, dropped is not None
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         return y
@@ -56,9 +59,9 @@ class _LoraQuantised(torch.autograd.Function):
             d_x = g_NO @ ctx.read().to(g_NO.dtype)
             if not ctx.has_dropped:
                 d_x.addmm_(gB_RN.t(), A_RI)
-            d_x = d_x.view(in_A.shape)
+            d_x = d_x.view(ctx.shape)
         if need_dropped:
-            d_dropped = (gB_RN.t() @ A_RI).view(in_A.shape)
+            d_dropped = (gB_RN.t() @ A_RI).view(ctx.shape)
         if need_bias:
             d_bias = g_NO.sum(0, dtype=ctx.bias_dtype)
         return d_x, d_dropped, d_bias, d_A, d_B, None, None, None
