@@ -106,7 +106,10 @@ def config_page() -> str:
         if name not in adapter_fields()
     ]
     columns = ("Field", "Type", "Default", "Meaning")
-    refused = [(f"`{name}`", code(value)) for name, value in sorted(LoraConfig.not_built.items())]
+    refused = [
+        (f"`{name}`", code(value) or "`None`", LoraConfig.reasons[name][:1].upper() + LoraConfig.reasons[name][1:])
+        for name, value in sorted(LoraConfig.not_built.items())
+    ]
     return "\n\n".join(
         [
             "# Configs",
@@ -116,7 +119,7 @@ def config_page() -> str:
             table(columns, [field_row(*row) for row in lora]),
             "### PEFT fields that are accepted at their default only",
             "Any other value is refused, so that no option is ever ignored.",
-            table(("Field", "Accepted value"), refused),
+            table(("Field", "Accepted value", "Why, and what to do"), refused),
             "## TaskType",
             table(
                 ("Task", "Name in PEFT's files", "The model's head is trained and saved"),

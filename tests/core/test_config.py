@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,21 @@ def test_unsupported_option_is_refused_and_accepted_at_its_default(name: str) ->
         LoraConfig(**{name: REFUSED[name]})
     with pytest.raises(ConfigError, match=name):
         PeftConfig.from_dict({"peft_type": "LORA", name: REFUSED[name]})
+    assert set(LoraConfig.reasons) == set(LoraConfig.not_built)
+    with pytest.raises(ConfigError, match=re.escape(LoraConfig.reasons[name])):
+        LoraConfig(**{name: REFUSED[name]})
     own = LoraConfig.not_built[name]
     assert LoraConfig(**{name: own}) == LoraConfig()
     if name != "runtime_config":  # a default object of PEFT's own, kept out of files
         assert own == default(THEIRS[name])
+
+
+def test_pefts_objects_of_options_are_accepted_when_nothing_in_them_is_on() -> None:
+    assert LoraConfig(runtime_config=peft.LoraRuntimeConfig()) == LoraConfig()
+    assert LoraConfig(runtime_config={"ephemeral_gpu_offload": False}) == LoraConfig()
+    with pytest.raises(ConfigError, match="ephemeral_gpu_offload"):
+        LoraConfig(runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert "runtime_config" not in LoraConfig().to_dict()
 
 
 GOOD: list[tuple[str, Any, Any]] = [

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
 from veneer.core import registry
+from veneer.core.checks import layer_ranges, sequence_of_ids, token_ids
 from veneer.core.errors import ConfigError, nearest
+from veneer.core.not_built import NOT_BUILT, REASONS
 from veneer.core.peft_config import PEFT_FORMAT, PeftConfig, field_docs, read_json, require_bool, strict
 from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settings
 
@@ -24,21 +26,6 @@ __all__ = [
     "read_json",
     "strict",
 ]
-
-# Fields of PEFT's LoraConfig that nothing here implements yet, with the only value that is accepted.
-_NOT_BUILT: dict[str, Any] = {
-    "runtime_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "velora_config": None,
-    "monteclora_config": None,
-    "target_parameters": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "ensure_weight_tying": False,
-}
-
 
 @strict
 @dataclass(kw_only=True)
@@ -250,7 +237,8 @@ class LoraConfig(LowRankConfig):
         ConfigError: an unknown field (the nearest is named), an unsupported one, or a bad value.
     """
 
-    not_built: ClassVar[Mapping[str, Any]] = _NOT_BUILT
+    not_built: ClassVar[Mapping[str, Any]] = NOT_BUILT
+    reasons: ClassVar[Mapping[str, str]] = REASONS
 
     peft_type: str | None = "LORA"
     """The variant family in PEFT's spelling."""
@@ -332,55 +320,6 @@ def _names(field_name: str, value: Any) -> list[str] | str | None:
     if not value and field_name == "target_modules":
         raise ConfigError("target_modules is an empty list; name at least one module, or leave it out.")
     return sorted(value) if isinstance(value, set | frozenset) else list(dict.fromkeys(value))
-
-
-def layer_ranges(name: str, value: Any) -> list[list[int]] | None:
-    """Pairs of layer numbers, each [start, end) with at least one layer, as lists; None for none.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if value is None or value == []:
-        return None
-    pairs = list(value) if isinstance(value, list | tuple) else [value]
-    for pair in pairs:
-        numbers = list(pair) if isinstance(pair, list | tuple) else []
-        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-        if len(numbers) != 2 or not whole or not 0 <= numbers[0] < numbers[1]:
-            raise ConfigError(
-                f"{name} has {pair!r}; expected ranges of layers [[start, end], ...], each from start to before end."
-            )
-    return [list(pair) for pair in pairs]
-
-
-def sequence_of_ids(name: str, value: Any) -> None:
-    """Refuse anything but a list of token ids with at least one.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"{name} is {value!r}; expected a list of token ids.")
-    for token in value:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise ConfigError(f"{name} has {token!r}; expected token ids, whole numbers from 0.")
-
-
-def token_ids(name: str, value: Any) -> None:
-    """Refuse anything but None, a list of different token ids, and a mapping from module names to such lists.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if value is None:
-        return
-    for where, ids in value.items() if isinstance(value, dict) else [("", value)]:
-        given = f"{name}[{where!r}]" if where else name
-        if not isinstance(where, str) or not isinstance(ids, list | tuple) or not ids:
-            raise ConfigError(f"{given} is {ids!r}; expected a list of token ids, or {{module name: [token ids]}}.")
-        sequence_of_ids(given, ids)
-        if len(set(ids)) < len(ids):
-            raise ConfigError(f"{given} names token {next(t for t in ids if ids.count(t) > 1)} twice.")
 
 
 def _regex(field_name: str, pattern: Any) -> None:

@@ -21,6 +21,7 @@ from veneer.core import registry
 from veneer.core.disk import write_text
 from veneer.core.errors import AdapterFileError, ConfigError, nearest
 from veneer.core.hub import CONFIG_NAME, WHERE, locate
+from veneer.core.not_built import is_off
 from veneer.core.task_type import TaskType
 
 PEFT_FORMAT = "0.21.2"
@@ -51,11 +52,10 @@ def strict(cls: C) -> C:
                 raise ConfigError(
                     f"{cls.__name__} has no field {name!r}.{nearest(name, known | set(cls.not_built))}"  # type: ignore[attr-defined]
                 )
-            if value != cls.not_built[name]:  # type: ignore[attr-defined]
-                raise ConfigError(
-                    f"{name}={value!r} is a PEFT option that this release of veneer does not support; "
-                    f"leave it at {cls.not_built[name]!r}."  # type: ignore[attr-defined]
-                )
+            accepted = cls.not_built[name]  # type: ignore[attr-defined]
+            if not is_off(value, accepted):
+                why = cls.reasons.get(name, "it is not built.")  # type: ignore[attr-defined]
+                raise ConfigError(f"{name}={value!r} is not supported, only {accepted!r}: {why}")
             del given[name]
         make(self, **given)
 
@@ -72,6 +72,7 @@ class PeftConfig:
     """
 
     not_built: ClassVar[Mapping[str, Any]] = {}
+    reasons: ClassVar[Mapping[str, str]] = {}
     not_in_file: ClassVar[frozenset[str]] = frozenset()
 
     task_type: TaskType | str | None = None
