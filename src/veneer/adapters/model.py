@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters import combine, files, lifecycle
+from veneer.adapters import convert as conversion
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import lies_in, shape_of
@@ -214,7 +215,9 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         *,
+        as_plain_lora: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
         tokenizer: Any = None,
         figures: Mapping[str, str] | None = None,
@@ -228,13 +231,17 @@ class PeftModel(nn.Module):
             selected_adapters: names to save, all when None.
             save_embedding_layers: also write the base's embeddings; "auto" when the vocabulary was resized.
             is_main_process: other processes of a distributed run write nothing.
+            path_initial_model_for_weight_conversion: PEFT's way to say ``as_plain_lora=True``. The folder is not
+                needed or read: what an adapter started from is kept beside what it learned.
+            as_plain_lora: write adapters that started from a part of W (PiSSA, OLoRA, CorDA, LoRA-GA) as LoRA of W
+                itself, at twice the rank, for programs that know nothing of starts; see ``save_as_lora``.
             state_dict: the gathered state dict of a sharded model.
             tokenizer: anything with ``save_pretrained``, saved beside the adapter.
             figures: lines for the model card.
             kwargs: accepted for callers that pass the options of other models' ``save_pretrained``.
 
         Raises:
-            UsageError: an unknown adapter, or ``safe_serialization=False``.
+            UsageError: an unknown adapter, ``safe_serialization=False``, or an update that is no plain LoRA.
             DiskError: the disk is full or not writable; what stood there before still stands.
         """
         if not safe_serialization:
@@ -244,10 +251,17 @@ class PeftModel(nn.Module):
         folder = Path(save_directory)
         for name in selected_adapters if selected_adapters is not None else self.peft_config:
             self.base_model.require(name)
+            place = folder if name == "default" else folder / name
+            if as_plain_lora or path_initial_model_for_weight_conversion is not None:
+                if state_dict is not None:
+                    raise UsageError("as_plain_lora needs the model's own tensors; leave state_dict out.")
+                plain = conversion.convert(self.base_model, name)
+                conversion.save(place, self.base_model, name, plain.config, plain.tensors, figures=dict(figures or {}))
+                continue
             files.save(
                 self.base_model,
                 name,
-                folder if name == "default" else folder / name,
+                place,
                 save_embedding_layers=save_embedding_layers,
                 state_dict=state_dict,
                 figures=figures,
