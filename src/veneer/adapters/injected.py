@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import files, lifecycle
 from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.embeddings import embeddings_to_save
 from veneer.adapters.inject import inject
 from veneer.adapters.loading import place
 from veneer.adapters.model import PeftModel
@@ -96,7 +97,7 @@ def get_peft_model_state_dict(
     adapted = adapted_of(model)
     adapted.require(adapter_name)
     found = files.adapter_state(adapted, adapter_name, state_dict=state_dict)
-    for path, weight in files._embeddings_to_save(adapted, adapter_name, save_embedding_layers).items():
+    for path, weight in embeddings_to_save(adapted, adapter_name, save_embedding_layers).items():
         inner = "base_layer." if path in adapted.layers else ""
         inner = "token_adapter.base_layer." if path in adapted.tokens.wrappers else inner
         found[f"{files.PREFIX}{path}.{inner}weight"] = weight.detach()
