@@ -15,7 +15,7 @@ from torch import Tensor
 
 import veneer
 from tests import models
-from veneer.adapters.kbit import mark_dequantised
+from veneer.adapters.kbit import mark_merged
 from veneer.core.errors import UsageError
 
 pytest.importorskip("bitsandbytes")
@@ -171,6 +171,21 @@ def test_a_merged_model_loads_again(folder: Path, kind: str, into: Any, targets:
     assert type(again.model.layers[0].self_attn.q_proj).__name__ == ("Linear" if into == "dequantised" else quantised)
 
 
+@pytest.mark.parametrize("into", ["dequantised", "requantised"])
+@KINDS
+def test_a_model_from_quantised_files_is_merged_and_saved(folder: Path, kind: str, into: Any, tmp_path: Path) -> None:
+    """Where transformers alone cannot write again what it has read."""
+    load(folder, kind).save_pretrained(tmp_path / "stored")
+    stored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
+    adapted = with_veneer(stored)
+    models.randomise(adapted)
+    merged = adapted.merge_and_unload(into=into).train()
+    logits = models.output(merged, models.batch("llama"))
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").train()
+    assert torch.equal(models.output(again, models.batch("llama")), logits)
+
+
 @KINDS
 def test_requantised_is_what_peft_merges_into_in_silence(folder: Path, kind: str, tmp_path: Path) -> None:
     ours = with_veneer(load(folder, kind))
@@ -187,7 +202,7 @@ def test_requantised_is_what_peft_merges_into_in_silence(folder: Path, kind: str
 def test_into_has_no_meaning_on_a_plain_model() -> None:
     """A model whose config was never quantised has nothing to be told."""
     model = veneer.get_peft_model(models.make("llama"), veneer.LoraConfig(target_modules="all-linear"))
-    mark_dequantised(model.base_model, ["model.layers.0.self_attn.q_proj"])
+    mark_merged(model.base_model, ["model.layers.0.self_attn.q_proj"])
     with pytest.raises(UsageError, match="none of the adapted layers is quantised"):
         model.merge_adapter(into="dequantised")
 

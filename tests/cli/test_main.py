@@ -44,7 +44,7 @@ SURFACE = {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
         *("--task", "--max-length", "--train-on", "--batch-size"),
     },
-    "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--force"},
+    "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--into", "--force"},
     "extract": {
         *("--base", "--tuned", "--r", "--energy", "--output", "--force"),
         *("--target-modules", "--exclude-modules", "--modules-to-save"),

@@ -160,21 +160,24 @@ def _dtype_around(adapted: AdaptedModel, base: QuantisedBase) -> torch.dtype:
     return known[0] if known else base.placement()[1]
 
 
-def mark_dequantised(adapted: AdaptedModel, paths: Iterable[str]) -> None:
-    """Tell a Hugging Face model which of its layers are no longer quantised, so that it loads again when saved."""
+def mark_merged(adapted: AdaptedModel, dequantised: Iterable[str]) -> None:
+    """Tell a Hugging Face model which of its layers are no longer quantised, so that it is saved and loads again."""
     model: Any = adapted.model
-    done = set(paths)
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None or not done:
-        return
     quantiser = getattr(model, "hf_quantizer", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantiser is None or config is None:
+        return
+    # transformers cannot undo on saving how it read quantised files, and need not: the layers save themselves.
+    readers = [reader.source_patterns for reader in quantiser.get_weight_conversions()]
+    known = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [conversion for conversion in known if conversion.source_patterns not in readers]
+    done = set(dequantised)
     if {slot.path for slot in quantised_slots(adapted.index)} - done:
         field = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
         left_out = getattr(quantiser, "modules_to_not_convert", None) or getattr(config, field, None) or []
         setattr(config, field, sorted({*left_out, *done}))
         return
-    if quantiser is not None:
-        quantiser.remove_quantization_config(model)
+    quantiser.remove_quantization_config(model)
     for said in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, said, False):
             setattr(model, said, False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.kbit import check_into, mark_dequantised, merge_quantised
+from veneer.adapters.kbit import check_into, mark_merged, merge_quantised
 from veneer.adapters.layer import AdaptedLayer
 from veneer.core.base import Into, QuantisedBase
 from veneer.core.errors import MergeError, UsageError, listed
@@ -135,8 +135,9 @@ def unload(
     adapted.biases.settle()
     if unties:
         mark_untied(adapted.model)
-    if into == "dequantised":
-        mark_dequantised(adapted, (path for path, layer in adapted.layers.items() if layer.merged_adapters))
+    if into is not None:
+        done = [path for path, layer in adapted.layers.items() if layer.merged_adapters and into == "dequantised"]
+        mark_merged(adapted, done)
     for name, parameter in adapted.model.named_parameters():
         parameter.requires_grad_(name in adapted.index.trainable)
     return adapted.model

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from veneer.cli.generate import adapter_names, with_adapters
 from veneer.cli.output import console
 from veneer.core.disk import write_folder
-from veneer.core.errors import MergeError, NotStreamableError, UsageError
+from veneer.core.errors import MergeError, NotStreamableError, UsageError, nearest
 from veneer.core.records import MergeReport
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from veneer.adapters.model import PeftModel
     from veneer.adapters.streaming import StreamingMerge
 
-_CONFIG = "config.json"
+FULL = "full"
+"""Merge into the base in full precision."""
+_INTO = (FULL, "dequantised", "requantised")
+_CONFIG, _RUN = "config.json", "run.yaml"
 _INPUT_CONFIGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
@@ -44,6 +47,14 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    into: Annotated[
+        str,
+        typer.Option(
+            metavar="full|dequantised|requantised",
+            help="The base in full precision; or, for an adapter trained with --quantize, that quantised base, "
+            "as plain layers or quantised again.",
+        ),
+    ] = FULL,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier merge.")] = False,
 ) -> MergeReport:
     """Merge adapters into their base model and write it as a plain transformers model.
@@ -52,13 +63,13 @@ def merge(
     model is. A checkpoint that transformers converts when it loads it, or one in another format, is loaded whole.
 
     To verify, base and merged model are loaded whole, one after the other, and their logits compared. If they differ
-    by more than rounding, the merge fails and nothing is left.
+    by more than rounding, the merge fails and nothing is left. An --into that rounds by design is only measured.
 
     Example: veneer merge --model ./model --adapter ./run --output ./merged
     """
     from veneer.report.tables import merge_table
 
-    report = merge_into_folder(model, adapter, output, dtype=dtype, verify=verify, force=force)
+    report = merge_into_folder(model, adapter, output, dtype=dtype, verify=verify, into=into, force=force)
     console().print(merge_table(report, str(output)))
     return report
 
@@ -70,6 +81,7 @@ def merge_into_folder(
     *,
     dtype: str = "auto",
     verify: bool | None = None,
+    into: str = FULL,
     force: bool = False,
 ) -> MergeReport:
     """Write the merged model with its tokenizer into a new folder, all of it or nothing.
@@ -80,10 +92,12 @@ def merge_into_folder(
         output: a folder that does not exist yet.
         dtype: the precision of the merged weights; "auto" keeps the base's.
         verify: load both models and compare their outputs; None does where free memory holds twice the model.
+        into: the base that is merged into: "full" precision, or as it was quantised for training, which becomes
+            plain layers ("dequantised") or is quantised again ("requantised").
         force: replace the output when it is a model's folder.
 
     Raises:
-        UsageError: the output exists, or there is no such model or adapter.
+        UsageError: the output exists, or there is no such model or adapter, or ``into`` has no meaning for them.
         MergeError: the merged model's logits differ from the unmerged one's by more than rounding.
         DiskError: the model could not be written.
     """
@@ -91,8 +105,8 @@ def merge_into_folder(
 
     folders = [adapter_folder(path) for path in adapters]
     _check_output(output, [Path(model).expanduser(), *folders], force=force)
-    job = _Job(model, folders, adapter_names(adapters), dtype)
-    streaming = job.streaming()
+    job = _Job(model, folders, adapter_names(adapters), dtype, into, _quantisation(model, folders, into))
+    streaming = job.streaming() if into == FULL else None
     if streaming is not None and verify is None:
         verify = _fits(streaming)
     report = _streamed(job, streaming, output, verify=bool(verify), force=force) if streaming else None
@@ -107,6 +121,9 @@ class _Job:
     folders: list[Path]
     names: list[str]
     dtype: str
+    into: str
+    quantisation: str | None
+    """How the base is stored in memory: one of ``quantise.Quantisation``, or None in full precision."""
 
     @property
     def auto_class(self) -> str:
@@ -116,6 +133,11 @@ class _Job:
         from veneer.tasks.loading import AUTO_CLASSES
 
         return AUTO_CLASSES[TaskType(files.read(self.folders[0]).config.task_type or TaskType.CAUSAL_LM)]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the merged model differs by rounding to its dtype alone; layers of 8 bits round their inputs."""
+        return self.into != "requantised" and self.quantisation != "int8"
 
     def streaming(self) -> StreamingMerge | None:
         """The merge of this checkpoint file by file; None, and a note, when it cannot go so."""
@@ -133,9 +155,11 @@ class _Job:
 
     def adapted(self) -> PeftModel:
         """The base in memory with its adapters, all active."""
-        from veneer.tasks.loading import load_model
+        from veneer.tasks.loading import load_config, load_model
 
-        base = load_model(self.model, auto_class=self.auto_class, dtype=self.dtype)
+        stored = load_config(self.model).to_dict().get("quantization_config")
+        quantize = None if stored else self.quantisation
+        base = load_model(self.model, auto_class=self.auto_class, dtype=self.dtype, quantize=quantize)
         adapted = with_adapters(base, self.folders, self.names)
         adapted.set_adapter(self.names, inference_mode=True)
         return adapted
@@ -171,16 +195,26 @@ class _Expected:
             effect = (expected - outputs(adapted, given)).abs().max().item()
         return cls(type(base), given, expected, effect)
 
-    def compared(self, folder: Path, precision: torch.dtype, output: Path) -> tuple[float, float]:
+    def compared(self, folder: Path, precision: torch.dtype, output: Path, *, exact: bool) -> tuple[float, float]:
         """The largest difference of an output of the model in a folder, and the largest output.
 
         Raises:
-            MergeError: the difference is more than rounding.
+            MergeError: the merge is to be exact, and the difference is more than rounding.
         """
+        from veneer.adapters.index import ModuleIndex
+        from veneer.adapters.kbit import quantised_slots, settle
         from veneer.evaluate.equality import difference, outputs
 
-        found = outputs(self.model_class.from_pretrained(folder, dtype=precision), self.given)
-        compared = difference(self.outputs, found, precision)
+        merged = self.model_class.from_pretrained(folder, dtype=precision)
+        settle(quantised_slots(ModuleIndex(merged)))
+        compared = difference(self.outputs, outputs(merged, self.given), precision)
+        if not exact:
+            warnings.warn(
+                f"Quantised numbers are rounded: the merged model's logits differ from the unmerged one's by up to "
+                f"{compared.largest:.3g} of {compared.scale:.3g}, and the adapter changes them by {self.effect:.3g}.",
+                stacklevel=2,
+            )
+            return compared.largest, compared.scale
         if not compared.equal:
             raise MergeError(
                 f"The merged model's logits differ from the unmerged one's by up to {compared.largest:.3g} of "
@@ -223,7 +257,7 @@ def _in_memory(job: _Job, output: Path, *, verify: bool, force: bool) -> MergeRe
     expected = _Expected.of(adapted) if verify else None
     layers = sum(1 for layer in adapted.base_model.layers.values() if layer.active_adapters)
     # Held in one place only, so that writing can let go of it: two copies of a large model may not fit.
-    merged: list[Any] = [adapted.merge_and_unload(safe_merge=True)]
+    merged: list[Any] = [adapted.merge_and_unload(safe_merge=True, into=None if job.into == FULL else job.into)]
     precision = merged[0].dtype
     del adapted
 
@@ -252,8 +286,43 @@ def _report(
 ) -> MergeReport:
     from veneer.train.log import peak_memory
 
-    largest, scale = (None, None) if expected is None else expected.compared(folder, precision, output)
-    return MergeReport(tuple(job.names), layers, _name(precision), largest, scale, streamed, peak_memory())
+    largest, scale = (None, None) if expected is None else expected.compared(folder, precision, output, exact=job.exact)
+    memory = peak_memory()
+    return MergeReport(tuple(job.names), layers, _name(precision), largest, scale, streamed, memory, job.into)
+
+
+def _quantisation(model: str | Path, folders: list[Path], into: str) -> str | None:
+    """How the base that is merged into is quantised: as its files say, or the run that trained the adapter.
+
+    Raises:
+        UsageError: nothing says it, or the files are quantised and ``into`` is "full".
+    """
+    from veneer.tasks.loading import load_config
+    from veneer.train.config import read_fields
+
+    if into not in _INTO:
+        raise UsageError(f"--into is {into!r}; expected {', '.join(_INTO)}.{nearest(into, _INTO)}")
+    stored = load_config(model).to_dict().get("quantization_config")
+    if into == FULL:
+        if stored:
+            raise UsageError(
+                f"The files of {str(model)!r} are quantised ({stored.get('quant_method')}); give the base in full "
+                "precision as --model, or choose --into dequantised or --into requantised."
+            )
+        return None
+    if stored:
+        return "int8" if stored.get("load_in_8bit") else str(stored.get("bnb_4bit_quant_type"))
+    runs = {folder: folder.parent / _RUN if (folder.parent / _RUN).is_file() else folder / _RUN for folder in folders}
+    kinds = {folder: read_fields(run).get("quantize") if run.is_file() else None for folder, run in runs.items()}
+    for folder, kind in kinds.items():
+        if kind is None:
+            raise UsageError(
+                f"--into {into} is for an adapter that was trained on a quantised base, and nothing says that "
+                f"{str(folder)!r} was: there is no {_RUN} with quantize beside it. Leave --into at {FULL}."
+            )
+    if len(set(kinds.values())) > 1:
+        raise UsageError(f"These adapters were trained on bases of {' and '.join(sorted(set(kinds.values())))}.")
+    return str(kinds[folders[0]])
 
 
 def _check_output(output: Path, given: list[Path], *, force: bool) -> None:

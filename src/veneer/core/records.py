@@ -105,6 +105,8 @@ class MergeReport:
     """Whether the weights were merged file by file, instead of in one loaded model."""
     peak_memory: int
     """The most memory held, in bytes, loading the two models to compare included."""
+    into: str = "full"
+    """What was merged into: the base in full precision, or a quantised one, dequantised or quantised again."""
 
 
 @dataclass(frozen=True)

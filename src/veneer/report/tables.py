@@ -131,6 +131,8 @@ def norm_table(layers: Sequence[LayerNorms]) -> Table:
 def merge_table(report: MergeReport, output: str) -> Table:
     """What was merged, and how its outputs compare with the unmerged ones."""
     rows: dict[str, Any] = {"merged": ", ".join(report.adapters), "layers": report.layers, "dtype": report.dtype}
+    if report.into != "full":
+        rows["into"] = f"the quantised base, {report.into}"
     if report.max_logit_difference is None or report.logit_scale is None:
         rows["verified"] = False
     else:

@@ -66,6 +66,9 @@ def load_model(
     """
     import transformers
 
+    from veneer.adapters.index import ModuleIndex
+    from veneer.adapters.kbit import quantised_slots, settle
+
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.{nearest(dtype, DTYPES)}")
     config = load_config(name_or_path)
@@ -76,6 +79,8 @@ def load_model(
     given = {"dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}
     with _in_one_sentence(name_or_path, f"could not be loaded with {auto_class}"), _log_errors_only():
         model, report = model_class.from_pretrained(_source(name_or_path), output_loading_info=True, **given)
+    # Before anybody calls it: what is measured before training must be what is trained.
+    settle(quantised_slots(ModuleIndex(model)))
     _check_report(str(name_or_path), model, report, whole=auto_class in _WHOLE_MODELS, options=options)
     return model
 
