@@ -17,8 +17,8 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.card import model_card
 from veneer.adapters.embeddings import embeddings_in, embeddings_to_save
 from veneer.adapters.fingerprint import differs, fingerprint
-from veneer.adapters.rebase import made_again
 from veneer.adapters.names import Names
+from veneer.adapters.rebase import made_again
 from veneer.adapters.shared import checksum_of, saved_shared, with_shared
 from veneer.adapters.targets import Selection, select
 from veneer.adapters.tokens import KEY as ROWS
@@ -29,7 +29,8 @@ from veneer.core.hub import CONFIG_NAME, WEIGHTS_NAME, locate
 
 PREFIX = "base_model.model."
 PICKLE_NAME = "adapter_model.bin"
-_FINGERPRINT = "base_fingerprint"
+FINGERPRINT = "base_fingerprint"
+"""The key of a file's metadata that holds the mark of the base it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def save(
         inner = "token_adapter.base_layer." if path in adapted.tokens.wrappers else inner
         tensors[f"{PREFIX}{path}.{inner}weight"] = weight.detach()
     brought = [*adapted.saved_of(name), *embeddings, *adapted.tokens.covered(name)]
-    metadata = {"format": "pt", _FINGERPRINT: fingerprint(adapted, brought), **checksum_of(adapted, name)}
+    metadata = {"format": "pt", FINGERPRINT: fingerprint(adapted, brought), **checksum_of(adapted, name)}
     ready = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in ready.values())
     card = model_card(config, adapted.reports[name], bytes_on_disk=size, figures=figures or {})
@@ -285,7 +286,7 @@ def warn_of_other_base(
         fitted: the same, sorted to the model.
         read: gives the value of a parameter by its name, for a model that has none itself.
     """
-    saved = files.metadata.get(_FINGERPRINT)
+    saved = files.metadata.get(FINGERPRINT)
     if saved is None:
         return
     rows = [path for each in fitted.selection.tokens for path in each.paths]
