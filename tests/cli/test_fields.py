@@ -41,6 +41,11 @@ from veneer.train.config import adapter_fields
         ("rank_pattern", ["q_proj=4,layer.1.*value=8"], {"q_proj": 4, "layer.1.*value": 8}),
         ("rank_pattern", ['{"q_proj": 4, "a,b=c": 8}'], {"q_proj": 4, "a,b=c": 8}),
         ("alpha_pattern", ["q_proj=4.5"], {"q_proj": 4.5}),
+        ("init_lora_weights", "pissa_niter_4", "pissa_niter_4"),
+        ("loftq_config", ["loftq_bits=8,loftq_iter=5"], {"loftq_bits": 8, "loftq_iter": 5}),
+        ("eva_config", ["rho=1.5", "whiten=true"], {"rho": 1.5, "whiten": True}),
+        ("corda_config", ["corda_method=kpm,cache_file=null"], {"corda_method": "kpm", "cache_file": None}),
+        ("lora_ga_config", ['{"direction": "ArBr", "stable_gamma": 8}'], {"direction": "ArBr", "stable_gamma": 8}),
     ],
 )
 def test_values(field: str, given: Any, expected: Any) -> None:

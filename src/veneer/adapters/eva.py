@@ -46,8 +46,9 @@ def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor],
     options = peft_config.eva_config
     assert isinstance(options, EvaConfig)
     mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
-    if options.use_label_mask and "labels" in model_input:
-        mask = mask & (model_input["labels"] != options.label_mask_value)
+    labels = model_input.get("labels")
+    if options.use_label_mask and labels is not None and labels.shape == mask.shape:
+        mask = mask & (labels != options.label_mask_value)
     return mask.nonzero()
 
 

@@ -111,7 +111,7 @@ def _metavar(hint: Any) -> str:
     if get_origin(parts[0]) is Literal:
         return "|".join(map(str, get_args(parts[0])))
     if get_origin(parts[0]) is dict:
-        return "NAME=NUMBER,..."
+        return "NAME=VALUE,..." if get_args(parts[0])[1] is Any else "NAME=NUMBER,..."
     if get_origin(parts[0]) is list:
         return "NUMBER,..." if get_args(parts[0]) == (int,) else "NAME,..."
     if bool in parts:
@@ -128,7 +128,7 @@ def _read(name: str, given: Any, hint: Any) -> Any:
     if get_origin(parts[0]) is Literal:
         return texts[0]
     if get_origin(parts[0]) is dict:
-        return _mapping(name, texts)
+        return _mapping(name, texts, _value if get_args(parts[0])[1] is Any else _any_number)
     if get_origin(parts[0]) is list:
         if len(texts) == 1 and texts[0].lstrip().startswith("{") and any(get_origin(part) is dict for part in parts):
             return _mapping(name, texts)
@@ -159,7 +159,19 @@ def _number(name: str, text: str, *, whole: bool) -> int | float:
         raise ConfigError(f"--{name.replace('_', '-')} is {text!r}; expected {kind}.") from None
 
 
-def _mapping(name: str, texts: Sequence[str]) -> dict[str, int | float]:
+def _value(name: str, text: str) -> Any:
+    """A number, true, false or null, or else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _any_number(name: str, text: str) -> int | float:
+    return _number(name, text, whole=False)
+
+
+def _mapping(name: str, texts: Sequence[str], read: Callable[[str, str], Any] = _any_number) -> dict[str, Any]:
     """``name=4,other=8``, repeated flags, or one JSON object."""
     flag = f"--{name.replace('_', '-')}"
     if len(texts) == 1 and texts[0].lstrip().startswith("{"):
@@ -168,10 +180,10 @@ def _mapping(name: str, texts: Sequence[str]) -> dict[str, int | float]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{flag} is {texts[0]!r}, which is not readable as JSON: {error}.") from None
         return dict(values)
-    found: dict[str, int | float] = {}
+    found: dict[str, Any] = {}
     for item in _items(texts):
         key, equals, value = item.rpartition("=")
         if not equals or not key:
             raise ConfigError(f"{flag} has {item!r}; expected name=number, or one JSON object for all.")
-        found[key] = _number(name, value, whole=False)
+        found[key] = read(name, value)
     return found

@@ -16,6 +16,7 @@ from veneer.adapters.model import PeftModel, get_peft_model
 from veneer.core.errors import ConfigError
 from veneer.core.task_type import TaskType
 from veneer.train.config import RunConfig
+from veneer.train.starts import Gather
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +35,14 @@ class Trained:
     """What was done to the model, in sentences."""
 
 
-def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType) -> Trained:
+def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType, gather: Gather | None = None) -> Trained:
     """Freeze and adapt a model as the config's method asks; it is changed in place.
+
+    Args:
+        model: the base model.
+        config: the run.
+        task_type: what the adapter's config says the model is for.
+        gather: gathers what the adapter's start needs to know of the data.
 
     Raises:
         ConfigError: the method or the adapter's config has no meaning on this model.
@@ -43,8 +50,11 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType) -> 
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(f"{type(model).__name__} does not support gradient_checkpointing; leave it off.")
     if config.method == "lora":
-        adapted = get_peft_model(model, config.adapter(task_type))
-        return Trained(adapted, *adapted.get_nb_trainable_parameters(), notes=_storage(adapted))
+        adapter, read = config.adapter(task_type), tuple[str, ...]()
+        if gather is not None:
+            adapter, read = gather(model, adapter)
+        adapted = get_peft_model(model, adapter)
+        return Trained(adapted, *adapted.get_nb_trainable_parameters(), notes=(*read, *_storage(adapted)))
     notes: list[str] = []
     if config.method == "full":
         model.requires_grad_(True)

@@ -15,6 +15,7 @@ from veneer.tasks import task as tasks
 from veneer.tasks.task import AbstractTask, Piece, longest_input
 from veneer.train.config import RunConfig
 from veneer.train.methods import Trained, prepared
+from veneer.train.starts import gathering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +84,8 @@ def prepare(
             f"quantize={config.quantize} has no effect on a model that is loaded already; load that one quantised, or "
             "name the model in the config."
         )
-    trained = prepared(model, config, task.task_type)
+    gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
+    trained = prepared(model, config, task.task_type, gather)
     per_epoch = -(-len(train_set.examples) // (config.batch_size * config.accumulation * processes))
     return Plan(
         config=config,
