@@ -44,7 +44,27 @@ def test_inject_measures_both_peers_and_appends(tmp_path: Path) -> None:
     assert [row["metric"] for row in rows(results)] == ["get_peft_model"] + ["import"] * 4
 
 
-@pytest.mark.parametrize("script", ["bench_step.py", "bench_inject.py"])
+def test_qlora_measures_all_peers_and_merges(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    results, picture = tmp_path / "results.csv", tmp_path / "curves.png"
+    sizes = ("--tiny", "--steps", "2", "--every", "1", "--length", "8", "--batch", "2", "--held-out", "1")
+    done = run("bench_qlora.py", *sizes, "--results", str(results), "--picture", str(picture))
+    assert done.returncode == 0, done.stderr
+    found = rows(results)
+    assert [row["metric"] for row in found] == [
+        *["held-out loss"] * 3,
+        "weights",
+        *["step time", "peak memory"] * 2,
+        *["held-out loss", "logits moved"] * 3,
+    ]
+    moved = {
+        row["case"].split("merged ")[1].split(",")[0]: float(row["ratio"]) for row in found if "merged" in row["case"]
+    }
+    assert moved["dequantised"] < 0.001 < moved["requantised"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", ["bench_step.py", "bench_inject.py", "bench_qlora.py"])
 def test_unknown_options_are_refused(script: str) -> None:
     done = run(script, "--sped")
     assert done.returncode == 2
