@@ -95,7 +95,8 @@ def config_page() -> str:
     """Every field of every config."""
     from veneer.core.config import LoraConfig, field_docs
     from veneer.core.task_type import TaskType
-    from veneer.train.config import RunConfig, adapter_fields
+    from veneer.train.config import RunConfig
+    from veneer.train.families import adapter_fields
 
     docs = field_docs(LoraConfig)
     hints = typing.get_type_hints(LoraConfig)
@@ -120,6 +121,7 @@ def config_page() -> str:
             "### PEFT fields that are accepted at their default only",
             "Any other value is refused, so that no option is ever ignored.",
             table(("Field", "Accepted value", "Why, and what to do"), refused),
+            *family_sections(),
             "## TaskType",
             table(
                 ("Task", "Name in PEFT's files", "The model's head is trained and saved"),
@@ -127,12 +129,30 @@ def config_page() -> str:
             ),
             "## A run",
             "The fields of `run.yaml`, which `veneer train --config` reads and every run folder holds. "
-            "The fields of `LoraConfig` that describe an adapter ("
-            + ", ".join(f"`{n}`" for n in adapter_fields())
-            + ") stand beside them.",
+            "The fields that describe an adapter stand beside them: `family`, and those of its config ("
+            + ", ".join(f"`{n}`" for n in list(adapter_fields())[1:])
+            + ").",
             table(columns, [field_row(*row) for row in run]),
         ]
     )
+
+
+def family_sections() -> list[str]:
+    """The fields of the other families' configs."""
+    from veneer.core.config import field_docs
+    from veneer.train.families import FAMILIES
+
+    parts = []
+    for config in list(FAMILIES.values())[1:]:
+        docs, hints = field_docs(config), typing.get_type_hints(config)
+        rows = [field_row(f.name, hints[f.name], default(f), docs[f.name]) for f in dataclasses.fields(config)]
+        parts += [f"## {config.__name__}", first_paragraph(config), table(("Field", "Type", "Default", "Meaning"), rows)]
+    return parts
+
+
+def first_paragraph(config: type) -> str:
+    """What a config is for."""
+    return " ".join((config.__doc__ or "").split("\n\n")[0].split())
 
 
 def field_row(name: str, hint: Any, shown: str, meaning: str) -> tuple[str, ...]:

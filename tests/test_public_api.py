@@ -8,6 +8,7 @@ import sys
 import veneer
 
 FROZEN = [
+    "AdaLoraCallback",
     "AdaLoraConfig",
     "AdapterFileError",
     "BaseMismatchWarning",

@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.adapters.budget_callback import AdaLoraCallback
     from veneer.adapters.corda import preprocess_corda
     from veneer.adapters.eva import get_eva_state_dict, initialize_lora_eva_weights
     from veneer.adapters.kbit import prepare_model_for_kbit_training
     from veneer.adapters.loftq import replace_lora_weights_loftq
     from veneer.adapters.lora_ga import preprocess_loraga
     from veneer.adapters.model import PeftModel, get_peft_model
+    from veneer.core.adalora_config import AdaLoraConfig
     from veneer.core.config import LoraConfig, PeftConfig
     from veneer.core.errors import (
         AdapterFileError,
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
     )
     from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from veneer.core.task_type import TaskType
-    from veneer.variants.adalora import AdaLoraConfig
-    from veneer.variants.vera import VeraConfig
+    from veneer.core.vera_config import VeraConfig
 
 __all__ = [
+    "AdaLoraCallback",
     "AdaLoraConfig",
     "AdapterFileError",
     "BaseMismatchWarning",
@@ -64,7 +66,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdaLoraConfig": "veneer.variants.adalora",
+    "AdaLoraCallback": "veneer.adapters.budget_callback",
+    "AdaLoraConfig": "veneer.core.adalora_config",
     "CordaConfig": "veneer.core.start_config",
     "EvaConfig": "veneer.core.start_config",
     "LoftQConfig": "veneer.core.start_config",
@@ -73,7 +76,7 @@ _HOMES = {
     "PeftConfig": "veneer.core.config",
     "PeftModel": "veneer.adapters.model",
     "TaskType": "veneer.core.task_type",
-    "VeraConfig": "veneer.variants.vera",
+    "VeraConfig": "veneer.core.vera_config",
     "get_eva_state_dict": "veneer.adapters.eva",
     "get_peft_model": "veneer.adapters.model",
     "initialize_lora_eva_weights": "veneer.adapters.eva",

@@ -10,7 +10,7 @@ import typer
 from veneer.cli.fields import adapter_config, adapter_options, adapter_values
 from veneer.core.config import LoraConfig, field_docs
 from veneer.core.errors import ConfigError
-from veneer.train.config import adapter_fields
+from veneer.train.families import adapter_fields
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,10 @@ def test_every_field_has_a_flag_with_its_docstring() -> None:
     options = {parameter.name: parameter for parameter in typer.main.get_command(app).params}
     assert [name for name in options if name != "name"] == list(adapter_fields())
     for name in adapter_fields():
-        assert options[name].help.replace("\\", "").startswith(field_docs(LoraConfig)[name])
-    assert "[default: 8]" in options["r"].help.replace("\\", "")
+        assert options[name].help.replace("\\", "").startswith(adapter_fields()[name].docs)
+    assert adapter_fields()["use_rslora"].docs == field_docs(LoraConfig)["use_rslora"]
+    assert "[default: 8, 256 for vera]" in options["r"].help.replace("\\", "")
+    assert "[default: 12]" in options["init_r"].help.replace("\\", "")
     given = ["--name", "y", "--r", "4", "--no-use-rslora", "--target-modules", "a,b", "--target-modules", "c"]
     assert app(args=given, standalone_mode=False) == {
         "name": "y",

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from veneer.cli import main as program
 from veneer.cli.main import VERBS, app, main
 from veneer.core.errors import TrainingError, UsageError
-from veneer.train.config import adapter_fields
+from veneer.train.families import adapter_fields
 
 ADAPTER_FLAGS = {f"--{name.replace('_', '-')}" for name in adapter_fields()}
 RUN_FIELDS = (
     *("model", "data", "eval_data", "eval_fraction", "output", "task", "method", "epochs", "max_steps"),
-    *("batch_size", "accumulation", "learning_rate", "schedule", "warmup", "weight_decay", "clip"),
+    *("batch_size", "accumulation", "learning_rate", "schedule", "warmup", "loraplus_lr_ratio"),
+    *("weight_decay", "clip"),
     *("gradient_checkpointing", "quantize", "precision", "max_length", "train_on", "seed", "log_every", "eval_every"),
 )
 RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"}

@@ -13,7 +13,8 @@ import pytest
 from tests import chat
 from veneer.cli.main import main
 from veneer.cli.run_fields import run_fields
-from veneer.train.config import RunConfig, adapter_fields
+from veneer.train.config import RunConfig
+from veneer.train.families import adapter_fields
 
 
 @pytest.fixture

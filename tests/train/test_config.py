@@ -2,21 +2,74 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from veneer.core.config import LoraConfig
 from veneer.core.errors import ConfigError, UsageError
+from veneer.core.peft_config import PeftConfig, config_classes
 from veneer.core.task_type import TaskType
-from veneer.train.config import LEARNING_RATES, RunConfig, adapter_fields
+from veneer.train.config import LEARNING_RATES, RunConfig
+from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
 
 
-def test_the_adapters_fields_are_those_of_lora_config() -> None:
-    plain = LoraConfig()
-    config = RunConfig(output="x")
-    for name in adapter_fields():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapters_fields_are_those_of_the_familys_config(family: str) -> None:
+    plain = FAMILIES[family](**({"total_step": 1} if family == "adalora" else {}))
+    config = RunConfig(output="x", family=family)
+    for name in fields_of(family):
         assert getattr(config, name) == getattr(plain, name)
         assert RunConfig.model_fields[name].description
+    own = {f.name for f in dataclasses.fields(FAMILIES[family])} - {f.name for f in dataclasses.fields(PeftConfig)}
+    assert set(fields_of(family)) == own - FAMILIES[family].not_asked
+    assert config.adapter() == plain
+    assert RunConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert set(config.to_dict()) & set(adapter_fields()) == {FAMILY, *fields_of(family)}
+
+
+def test_every_family_of_variants_can_be_chosen() -> None:
+    assert set(FAMILIES.values()) == set(config_classes().values())
+
+
+def test_a_familys_own_default_is_used() -> None:
+    assert RunConfig(output="x", family="vera").r == 256
+    assert RunConfig(output="x", family="vera", r=8).adapter().r == 8
+    assert RunConfig(output="x").r == 8
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "owner"),
+    [
+        ("lora", "init_r", 4, "adalora"),
+        ("lora", "vera_dropout", 0.1, "vera"),
+        ("adalora", "use_dora", True, "lora"),
+        ("adalora", "r", 4, "lora, vera"),
+        ("vera", "lora_alpha", 3, "lora, adalora"),
+        ("vera", "rank_pattern", {"q": 3}, "lora"),
+    ],
+)
+def test_fields_of_another_family_are_refused(family: str, field: str, value: Any, owner: str) -> None:
+    message = f"{field} has no meaning with family={family}; it is for adapters of family {owner}"
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(output="x", family=family, **{field: value})
+
+
+def test_a_bias_of_another_family_is_refused() -> None:
+    assert RunConfig(output="x", family="vera", bias="vera_only").adapter().bias == "vera_only"
+    with pytest.raises(ConfigError, match="bias is 'vera_only'"):
+        RunConfig(output="x", bias="vera_only")
+
+
+def test_loraplus_is_for_adapters() -> None:
+    assert RunConfig(output="x", loraplus_lr_ratio=16).loraplus_lr_ratio == 16
+    with pytest.raises(ConfigError, match="loraplus_lr_ratio has no meaning with method=full"):
+        RunConfig(output="x", method="full", loraplus_lr_ratio=16)
+    with pytest.raises(ConfigError, match="loraplus_lr_ratio is 0"):
+        RunConfig(output="x", loraplus_lr_ratio=0)
+
+
+def test_options_of_lora_config() -> None:
     assert {"r", "lora_alpha", "target_modules", "init_lora_weights", "rank_pattern"} <= set(adapter_fields())
     assert not {"task_type", "inference_mode"} & set(adapter_fields())
     given = RunConfig(output="x", r=3, target_modules=["a"], init_lora_weights="gaussian", use_rslora=True)

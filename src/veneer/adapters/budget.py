@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.layer import AdaptedLayer
-from veneer.core.errors import UsageError
-from veneer.variants.adalora import A, AdaLoraConfig, B, E
+from veneer.core.adalora_config import AdaLoraConfig, E
+from veneer.core.errors import ConfigError, UsageError
+from veneer.variants.adalora import A, B
 
 if TYPE_CHECKING:
     from veneer.adapters.adapted import AdaptedModel
+
+_NOTHING = "There is no budget to move: no active adapter is an AdaLoRA adapter that learns."
 
 
 @final
@@ -140,13 +143,44 @@ def update_and_allocate(adapted: AdaptedModel, step: int) -> None:
     """
     names = _learning(adapted)
     if not names:
-        raise UsageError("update_and_allocate has nothing to do: no active adapter is an AdaLoRA adapter that learns.")
+        raise UsageError(_NOTHING)
     for name in names:
         config = adapted.peft_config[name]
         budget = adapted.budgets.get(name)
         if budget is None or budget.config is not config:
             budget = adapted.budgets[name] = RankBudget(name, config, adapted.layers_of(name))  # type: ignore[arg-type]
         budget.update(step)
+
+
+def set_total_step(adapted: AdaptedModel, steps: int) -> None:
+    """Tell AdaLoRA adapters that learn how many optimiser steps there will be.
+
+    Raises:
+        ConfigError: the schedule does not fit into so many.
+    """
+    for name in _learning(adapted):
+        config = adapted.peft_config[name]
+        config.total_step = steps  # type: ignore[attr-defined]
+        config.__post_init__()
+
+
+def check_total_step(adapted: AdaptedModel, steps: int) -> None:
+    """Check that every AdaLoRA adapter that learns has a schedule of so many steps.
+
+    Raises:
+        UsageError: there is no such adapter.
+        ConfigError: one has another schedule.
+    """
+    names = _learning(adapted)
+    if not names:
+        raise UsageError(_NOTHING)
+    for name in names:
+        planned = adapted.peft_config[name].total_step  # type: ignore[attr-defined]
+        if planned != steps:
+            raise ConfigError(
+                f"total_step of {name!r} is {planned}, but this training takes {steps} optimiser steps; give "
+                f"AdaLoraConfig total_step={steps}, so that the budget ends where it should."
+            )
 
 
 def _learning(adapted: AdaptedModel) -> list[str]:

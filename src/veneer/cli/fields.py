@@ -14,19 +14,19 @@ import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
 from veneer.cli.flags import show_flags
-from veneer.core.config import LoraConfig, field_docs
+from veneer.core.config import TunerConfig
 from veneer.core.errors import ConfigError
-from veneer.train.config import adapter_fields
+from veneer.train.config import RunConfig
+from veneer.train.families import AdapterField, adapter_fields
 
 PANEL = "Adapter"
 """The heading that the generated flags stand under in the help."""
 
-_HINTS, _DOCS = get_type_hints(LoraConfig), field_docs(LoraConfig)
 _REGEX_SIGNS = re.compile(r"[\\*+?\[\](){}|^$]")
 
 
@@ -36,8 +36,7 @@ def adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     The command must have a keyword ``adapter_values``; it gets a dict with the fields whose flag was given,
     their values read as the field's type.
     """
-    defaults = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    added = [_parameter(defaults[name]) for name in adapter_fields()]
+    added = [_parameter(field) for field in adapter_fields().values()]
 
     @functools.wraps(command)
     def with_fields(**given: Any) -> Any:
@@ -57,25 +56,25 @@ def adapter_values(texts: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a text that the field cannot mean.
     """
-    hints = get_type_hints(LoraConfig)
+    hints = {name: field.hint for name, field in adapter_fields().items()}
     return {name: _read(name, given, hints[name]) for name, given in texts.items() if given is not None and given != []}
 
 
-def adapter_config(values: Mapping[str, Any], **more: Any) -> LoraConfig:
-    """The config that the flags describe; a field that is not given has its default.
+def adapter_config(values: Mapping[str, Any], **more: Any) -> TunerConfig:
+    """The config that the flags describe, of the family that they name; a field that is not given has its default.
 
     Raises:
         ConfigError: a bad value or combination.
     """
-    return LoraConfig(**{**values, **more})
+    return dataclasses.replace(RunConfig(output=".", **values).adapter(), **more)
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+def _parameter(field: AdapterField) -> inspect.Parameter:
     """The typer parameter of one field, absent by default."""
-    hint = _HINTS[field.name]
+    hint = field.hint
     flag = f"--{field.name.replace('_', '-')}"
     options: dict[str, Any] = {
-        "help": _DOCS[field.name].replace("[", "\\[") + _shown_default(field),
+        "help": field.docs.replace("[", "\\[") + _shown_default(field),
         "rich_help_panel": PANEL,
     }
     annotation: Any
@@ -88,12 +87,10 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _shown_default(field: dataclasses.Field[Any]) -> str:
+def _shown_default(field: AdapterField) -> str:
     """The default for the help. It is not the flag's own default, so that absent flags can be told apart."""
-    if field.default is None or field.default is dataclasses.MISSING:
-        return ""
-    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    return f" [dim]\\[default: {value}][/]"
+    shown = field.shown_default()
+    return f" [dim]\\[default: {shown}][/]" if shown else ""
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

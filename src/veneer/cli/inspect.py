@@ -13,7 +13,7 @@ from veneer.cli.output import console
 from veneer.core.errors import TargetError, UsageError
 from veneer.core.hub import CONFIG_NAME
 from veneer.core.records import LayerNorms, MatchReport, ModuleRecord
-from veneer.train.config import adapter_fields
+from veneer.train.families import adapter_fields
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from veneer.cli.flags import show_flags
-from veneer.train.config import LEARNING_RATES, RunConfig, adapter_fields
+from veneer.train.config import LEARNING_RATES, RunConfig
+from veneer.train.families import adapter_fields
 
 PANEL = "Run"
 """The heading that the generated flags stand under in the help."""

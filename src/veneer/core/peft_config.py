@@ -74,6 +74,7 @@ class PeftConfig:
     not_built: ClassVar[Mapping[str, Any]] = {}
     reasons: ClassVar[Mapping[str, str]] = {}
     not_in_file: ClassVar[frozenset[str]] = frozenset()
+    not_asked: ClassVar[frozenset[str]] = frozenset()
 
     task_type: TaskType | str | None = None
     """What the model is for; decides whether its head is trained and saved."""

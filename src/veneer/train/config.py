@@ -1,47 +1,35 @@
 """What a run is: one validated config, from flags, a YAML file or code. Defaults have their one home here.
 
-The adapter's fields are those of ``LoraConfig``, with its types, defaults and docstrings.
+The adapter's fields are those of the families' configs (``families``), with their types, defaults and docstrings.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from veneer.core.config import LoraConfig, PeftConfig, field_docs
+from veneer.core.adalora_config import AdaLoraConfig
+from veneer.core.config import TunerConfig
 from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
 from veneer.tasks.quantise import Quantisation
+from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
 
 Method = Literal["lora", "full", "head"]
 
 LEARNING_RATES: dict[Method, float] = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
 """The learning rate of each method when none is given."""
 
-_BOOKKEEPING = {f.name for f in dataclasses.fields(PeftConfig)}
-
-
-def adapter_fields() -> tuple[str, ...]:
-    """The names of the fields that say what the adapter is; they come from ``LoraConfig``."""
-    return tuple(f.name for f in dataclasses.fields(LoraConfig) if f.name not in _BOOKKEEPING)
-
 
 def _adapter_definitions() -> dict[str, Any]:
-    hints, docs = get_type_hints(LoraConfig), field_docs(LoraConfig)
-    by_name = {f.name: f for f in dataclasses.fields(LoraConfig)}
     definitions: dict[str, Any] = {}
-    for name in adapter_fields():
-        given = by_name[name]
-        default: dict[str, Any] = (
-            {"default_factory": given.default_factory}
-            if given.default is dataclasses.MISSING
-            else {"default": given.default}
-        )
-        definitions[name] = (hints[name], Field(description=docs[name], **default))
+    for name, field in adapter_fields().items():
+        # An own dict for each config: a default that is shared could be changed through one of them.
+        default = {"default_factory": dict} if field.default == {} else {"default": field.default}
+        definitions[name] = (field.hint, Field(description=field.docs, **default))  # type: ignore[arg-type]
     return definitions
 
 
@@ -87,6 +75,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """How the learning rate goes on after the warmup."""
     warmup: float = Field(0.05, ge=0)
     """Steps over which the learning rate rises: a share of all steps below 1, a number of steps from 1 on."""
+    loraplus_lr_ratio: float | None = Field(None, gt=0)
+    """How many times as fast B learns as A (LoRA+, arXiv 2402.12354, which suggests 16); without it, as fast."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay, on matrices only."""
     clip: float | None = Field(1.0, gt=0)
@@ -121,35 +111,44 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     def _customary_rate(cls, values: Any) -> Any:
         method = values.get("method", "lora")
         if values.get("learning_rate") is None and method in LEARNING_RATES:
-            return {**values, "learning_rate": LEARNING_RATES[method]}
-        return values
+            values = {**values, "learning_rate": LEARNING_RATES[method]}
+        family = values.get(FAMILY, "lora")
+        own = {name: f.families[family] for name, f in adapter_fields().items() if family in f.families}
+        differ = {name: value for name, value in own.items() if value != adapter_fields()[name].default}
+        return {**differ, **values} if method == "lora" else values
 
-    def adapter(self, task_type: TaskType | None = None) -> LoraConfig:
-        """The adapter's config.
+    def adapter(self, task_type: TaskType | None = None) -> TunerConfig:
+        """The adapter's config. How many steps AdaLoRA's schedule has is known, and set, when the data is read.
 
         Raises:
             ConfigError: a bad value or combination of the adapter's fields.
         """
-        return LoraConfig(**{name: getattr(self, name) for name in adapter_fields()}, task_type=task_type)
+        values = {name: getattr(self, name) for name in fields_of(self.family)}
+        if FAMILIES[self.family] is AdaLoraConfig:
+            values["total_step"] = self.tinit + self.tfinal + 1
+        return FAMILIES[self.family](**values, task_type=task_type)
 
     def _check_adapter_fields(self) -> None:
         if self.method == "lora":
+            self._refuse(set(adapter_fields()) - {FAMILY, *fields_of(self.family)}, f"family={self.family}")
             self.adapter()
             return
+        if self.loraplus_lr_ratio is not None:
+            raise ConfigError(f"loraplus_lr_ratio has no meaning with method={self.method}; it is for a LoRA adapter.")
         if self.quantize is not None:
             raise ConfigError(
                 f"quantize={self.quantize} has no meaning with method={self.method}, which trains the model's own "
                 "weights: in so few bits they cannot learn. Use method=lora, or leave quantize out."
             )
-        fields = type(self).model_fields
-        set_here = [
-            name
-            for name in adapter_fields()
-            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
-        ]
+        self._refuse(set(adapter_fields()), f"method={self.method}")
+
+    def _refuse(self, names: set[str], choice: str) -> None:
+        """Refuse values of the adapter's fields that mean nothing with a choice."""
+        set_here = [n for n, f in adapter_fields().items() if n in names and getattr(self, n) != f.default]
         if set_here:
+            families = [f for f in FAMILIES if any(f in adapter_fields()[name].families for name in set_here)]
             raise ConfigError(
-                f"{listed(set_here)} has no meaning with method={self.method}; it describes a LoRA adapter."
+                f"{listed(set_here)} has no meaning with {choice}; it is for adapters of family {listed(families)}."
             )
 
     @classmethod
@@ -164,7 +163,9 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Every field with its value, those of other methods left out."""
-        left_out = set() if self.method == "lora" else set(adapter_fields())
+        left_out = set(adapter_fields())
+        if self.method == "lora":
+            left_out -= {FAMILY, *fields_of(self.family)}
         return {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
 
     def to_yaml(self) -> str:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.budget import penalty
+from veneer.adapters.model import PeftModel
 from veneer.core.disk import write_text
-from veneer.core.errors import TrainingError, listed
+from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.core.records import RunRecord
+from veneer.optimizers import second_factors
 from veneer.tasks.task import Tally, measure
 from veneer.train import checkpoint
 from veneer.train.batches import groups, loader
@@ -125,6 +128,8 @@ class Loop:
             self.bare.parameters(),
             learning_rate=plan.config.learning_rate,
             weight_decay=plan.config.weight_decay,
+            faster=self._faster(),
+            ratio=plan.config.loraplus_lr_ratio or 1.0,
         )
         self.schedule = scheduled(optimiser, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
         self.model, self.optimiser, self.loader = accelerator.prepare(self.bare, optimiser, loader(plan))
@@ -140,6 +145,19 @@ class Loop:
         self.best_loss = math.inf
         self.best_step: int | None = None
         self.saved_last = False
+
+    def _faster(self) -> list[nn.Parameter]:
+        """The parameters that LoRA+ lets learn faster.
+
+        Raises:
+            ConfigError: it is asked for and there are none.
+        """
+        if self.config.loraplus_lr_ratio is None:
+            return []
+        found = second_factors(self.bare) if isinstance(self.bare, PeftModel) else []
+        if not found:
+            raise ConfigError(f"loraplus_lr_ratio has no meaning with family={self.config.family}: no B learns there.")
+        return found
 
     def run(self, console: Console | None) -> RunResult:
         """All steps, with the measurements around them."""
@@ -233,7 +251,9 @@ class Loop:
                 if not math.isfinite(result.tally.loss):
                     self._not_finite("The loss", result.tally.loss, origins[number])
                 # Processes average their gradients; the sum over all of them is wanted.
-                accelerator.backward(result.total * (accelerator.num_processes / units))
+                loss = result.total * (accelerator.num_processes / units)
+                more = penalty(self.bare.base_model) if last and isinstance(self.bare, PeftModel) else None
+                accelerator.backward(loss if more is None else loss + more)
             total += result.tally
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
@@ -241,6 +261,8 @@ class Loop:
             self._not_finite("The gradient's norm", norm, [origin for names in origins for origin in names])
         self.optimiser.step()
         self.schedule.step()
+        if self.plan.config.method == "lora" and self.config.family == "adalora":
+            self.bare.base_model.update_and_allocate(self.step + 1)  # type: ignore[union-attr,operator]
         self.optimiser.zero_grad()
         return total, norm, sum(int(batch["attention_mask"].sum()) for batch in batches)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.adapters.budget import set_total_step
+from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, DataError, UsageError, listed
 from veneer.data.encode import Encoded, EncodedSet
 from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
@@ -87,6 +89,9 @@ def prepare(
     gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
     per_epoch = -(-len(train_set.examples) // (config.batch_size * config.accumulation * processes))
+    steps = config.max_steps or max(1, round(per_epoch * config.epochs))
+    if isinstance(trained.model, PeftModel):
+        set_total_step(trained.model.base_model, steps)
     return Plan(
         config=config,
         task=task,
@@ -96,7 +101,7 @@ def prepare(
         trained=trained,
         notes=(*notes, *said, *trained.notes),
         steps_per_epoch=per_epoch,
-        steps=config.max_steps or max(1, round(per_epoch * config.epochs)),
+        steps=steps,
     )
 
 
