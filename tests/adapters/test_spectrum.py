@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from veneer.adapters import spectrum
 from veneer.adapters.lowrank import spectrum_of, spectrum_of_product
+from veneer.adapters.updates import LayerUpdate
+from veneer.core.errors import UsageError
 
 
 def factors(r: int, inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -95,10 +98,111 @@ def test_similarity_is_the_papers() -> None:
     torch.testing.assert_close(torch.diagonal(spectrum.subspace_similarity(first, first)), torch.ones(3).double())
 
 
-def test_cosine_is_that_of_the_dense_updates() -> None:
+def test_inner_product_is_that_of_the_dense_updates() -> None:
     (A, B), (C, D) = factors(2, 9, 7), factors(4, 9, 7, seed=1)
-    wanted = torch.nn.functional.cosine_similarity((B @ A).double().flatten(), (D @ C).double().flatten(), dim=0)
-    first, second = directions(A, B), directions(C, D)
-    assert spectrum.cosine(first, second) == pytest.approx(wanted.item(), rel=1e-5)
-    assert spectrum.cosine(first, directions(A, -0.5 * B)) == pytest.approx(-1)
-    assert spectrum.cosine(first, directions(A, torch.zeros_like(B))) == 0
+    one, other = (B.double() @ A.double()), (D.double() @ C.double())
+    wanted = float((one * other).sum())
+    for first in (spectrum_of_product(A, B), spectrum_of(one)):
+        for second in (spectrum_of_product(C, D), spectrum_of(other)):
+            assert spectrum.inner_product(first, second) == pytest.approx(wanted, rel=1e-12)
+
+
+def update(path: str, A: Tensor, B: Tensor, *, whole: bool = True, weight_norm: float | None = None) -> LayerUpdate:
+    norms = (float(A.norm()), float(B.norm()))
+    shape = (B.shape[0], A.shape[1])
+    decompose = partial(spectrum_of_product, A, B)
+    return LayerUpdate(path, shape, A.shape[0], 2.0, norms, decompose, whole, weight_norm)
+
+
+def test_an_adapters_spectrum() -> None:
+    A, B = factors(3, 10, 8)
+    updates = [
+        update("a", A, B, weight_norm=4.0),
+        update("b", A, 2 * B),
+        update("c", A, 0.9e-3 * B),
+        update("d", A, 1.1e-3 * B),
+        update("zero", A, 0 * B, whole=False),
+    ]
+    found = spectrum.adapter_spectrum(updates)
+    norm = float((B.double() @ A.double()).norm())
+    # Of those above zero the norms are 1, 2, 0.0009 and 0.0011 times this one.
+    assert found.median_norm == pytest.approx(norm * (1 + 1.1e-3) / 2)
+    assert found.dead == ("zero",)
+    third = spectrum.adapter_spectrum(updates[:3])
+    assert third.median_norm == pytest.approx(norm)
+    assert third.dead == ("c",)
+    assert (found.whole, third.whole) == (False, True)
+    first = found.layers[0]
+    wanted = torch.linalg.svdvals(B.double() @ A.double())[:3]
+    assert first.singular_values == pytest.approx(wanted.tolist(), rel=1e-12)
+    assert first.effective_rank == pytest.approx(spectrum.effective_rank(wanted))
+    energies = (wanted.square().cumsum(0) / wanted.square().sum()).tolist()
+    for share, rank in ((0.9, first.rank_90), (0.95, first.rank_95), (0.99, first.rank_99)):
+        assert energies[rank - 1] >= share
+        assert rank == 1 or energies[rank - 2] < share
+    assert (first.path, first.shape, first.r, first.scaling) == ("a", (8, 10), 3, 2.0)
+    assert (first.a_norm, first.b_norm) == (float(A.norm()), float(B.norm()))
+    assert first.update_norm == pytest.approx(norm)
+    assert first.relative_norm == pytest.approx(norm / 4)
+    assert found.layers[1].relative_norm is None
+    zero = found.layers[-1]
+    assert (zero.update_norm, zero.singular_values, zero.effective_rank, zero.rank_99) == (0, (), 0, 0)
+
+
+def test_an_adapter_that_is_zero_everywhere() -> None:
+    A, B = factors(3, 10, 8)
+    found = spectrum.adapter_spectrum([update("a", A, 0 * B), update("b", 0 * A, B)])
+    assert found.median_norm == 0
+    assert found.dead == ("a", "b")
+
+
+def test_the_overlap_of_two_adapters() -> None:
+    (A, B), (C, D) = factors(2, 9, 7), factors(4, 9, 7, seed=1)
+    found = spectrum.adapter_overlap(
+        [update("a", A, B), update("b", A, B), update("same", A, B), update("first", A, B)],
+        [update("b", C, 0 * D), update("a", C, D), update("same", -3 * A, B), update("second", C, D)],
+    )
+    assert (found.only_first, found.only_second) == (("first",), ("second",))
+    a, b, same = found.layers
+    one, other = (B.double() @ A.double()).flatten(), (D.double() @ C.double()).flatten()
+    assert a.cosine == pytest.approx(float(one @ other / (one.norm() * other.norm())))
+    assert a.ranks == (2, 4)
+    for angles, phi, chance, first, second in (
+        (a.angles_in, a.phi_in, a.chance_in, A.T, C.T),
+        (a.angles_out, a.phi_out, a.chance_out, B, D),
+    ):
+        bases = [torch.linalg.qr(columns.double()).Q for columns in (first, second)]
+        cosines = torch.linalg.svdvals(bases[0].T @ bases[1])
+        assert angles == pytest.approx(cosines.clamp(max=1).acos().rad2deg().tolist(), abs=1e-6)
+        assert phi == pytest.approx(float(cosines.square().mean()))
+        assert chance == 4 / first.shape[0]
+    assert (b.cosine, b.angles_in, b.phi_in, b.phi_out, b.ranks) == (0, (), None, None, (2, 0))
+    assert same.cosine == pytest.approx(-1)
+    assert same.phi_in == pytest.approx(1)
+    assert same.angles_out == pytest.approx((0, 0), abs=1e-6)
+    assert found.phi_in == pytest.approx((a.phi_in + 1) / 2)
+    assert found.chance_out == pytest.approx((4 / 7 + 2 / 7) / 2)
+    together = [torch.cat([one, one, one]), torch.cat([other, 0 * other, -3 * one])]
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(*together, dim=0)))
+
+
+def test_chance_is_what_random_directions_have() -> None:
+    generator = torch.Generator().manual_seed(5)
+    pairs = [(torch.randn(2, 40, generator=generator), torch.randn(5, 40, generator=generator)) for _ in range(300)]
+    ones = torch.ones(3, 5)
+    layers = [
+        spectrum.adapter_overlap([update("a", A, ones[:, :2] + torch.eye(3, 2))], [update("a", C, torch.eye(3, 5))])
+        for A, C in pairs
+    ]
+    mean = sum(layer.phi_in for layer in layers) / len(layers)
+    # The second one's product has rank 3: its B has three rows.
+    assert layers[0].chance_in == pytest.approx(3 / 40)
+    assert mean == pytest.approx(3 / 40, rel=0.1)
+
+
+def test_adapters_that_cannot_be_compared() -> None:
+    (A, B), (C, D) = factors(2, 9, 7), factors(2, 8, 7)
+    with pytest.raises(UsageError, match="no layer in common: a, and b"):
+        spectrum.adapter_overlap([update("a", A, B)], [update("b", A, B)])
+    with pytest.raises(UsageError, match=r"different models: on 'a' .* is 7 x 9, that of the other 7 x 8"):
+        spectrum.adapter_overlap([update("a", A, B)], [update("a", C, D)])

@@ -53,7 +53,7 @@ SURFACE = {
     "resize": {"--r", "--energy", "--output", "--force"},
     "convert": {"--model", "--to", "--r", "--energy", "--output", "--force"},
     "export": {"--check", "--to", "--model", "--output", "--max-lora-rank", "--force"},
-    "inspect": {"--task"} | ADAPTER_FLAGS,
+    "inspect": {"--task", "--against", "--model", "--plot", "--force"} | ADAPTER_FLAGS,
     "env": set(),
 }
 

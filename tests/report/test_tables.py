@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console, RenderableType
 
 from veneer.core.records import (
-    LayerNorms,
     MatchReport,
     MergeReport,
     ModuleRecord,
@@ -54,15 +53,6 @@ def test_layers_alike_share_a_row() -> None:
     assert [(row[-5], row[-2], row[-1]) for row in rows] == [("8", "2", "1,536"), ("4", "1", "384")]
     assert "trained whole: score" in text
     assert f"{REPORT.trainable:,} of {REPORT.total:,}" in text
-
-
-def test_numbers_end_in_one_column() -> None:
-    layers = [
-        LayerNorms("a.q_proj", 8, 2.0, 1.5, 0.25, 0.5),
-        LayerNorms("a.much.longer.name", 128, 2.0, 10.0, 0.0, 0.0),
-    ]
-    lines = [line.rstrip() for line in shown(tables.norm_table(layers)).splitlines() if line.strip().startswith("a.")]
-    assert len({len(line) for line in lines}) == 1
 
 
 def test_what_can_be_adapted() -> None:

@@ -185,7 +185,7 @@ def _readable(path: str) -> bool:
 
 def numbers(config: TunerConfig, path: str) -> tuple[int, float]:
     """The rank and alpha that a config gives the layer of a path."""
-    return int(first_match(config.ranks, path, config.r)), float(first_match(config.alphas, path, config.alpha))
+    return int(first_match(config.ranks, path, config.rank)), float(first_match(config.alphas, path, config.alpha))
 
 
 def first_match(patterns: Mapping[str, float], path: str, default: float) -> float:

@@ -65,8 +65,6 @@ class MatchReport:
     """Parameters that the model in use has more of, because modules saved whole no longer share theirs."""
     rows: tuple[tuple[str, int], ...] = ()
     """Tables of which single rows are trained, each with the number of parameters in these rows."""
-    rows: tuple[tuple[str, int], ...] = ()
-    """Tables of which single rows are trained, each with the number of parameters in these rows."""
 
     @property
     def trainable(self) -> int:
@@ -126,21 +124,101 @@ class ModuleRecord:
 
 
 @dataclass(frozen=True)
-class LayerNorms:
-    """One adapted layer of a saved adapter, in numbers that show whether it learned anything."""
+class LayerSpectrum:
+    """The update of one layer of a saved adapter, in numbers that show what it learned."""
 
     path: str
     """The layer's path in the base model."""
+    shape: tuple[int, int]
+    """(out, in) of the update."""
     r: int
-    """The rank on this layer."""
+    """The rank that the adapter gives this layer."""
     scaling: float
     """The factor of the update."""
-    a_norm: float
-    """The Frobenius norm of A."""
-    b_norm: float
-    """The Frobenius norm of B; zero for an untrained adapter."""
+    a_norm: float | None
+    """The Frobenius norm of A; None for a variant without such factors."""
+    b_norm: float | None
+    """The Frobenius norm of B, zero for an untrained adapter; None for a variant without such factors."""
     update_norm: float
-    """The Frobenius norm of the update, ``scaling * B A``."""
+    """The Frobenius norm of the update."""
+    relative_norm: float | None
+    """The same divided by that of the frozen weight; None when the weight is not known."""
+    singular_values: tuple[float, ...]
+    """The singular values of the update that are above rounding, descending."""
+    effective_rank: float
+    """exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007)."""
+    rank_90: int
+    """How many singular values hold 90 % of the energy, the sum of their squares."""
+    rank_95: int
+    """The same for 95 %."""
+    rank_99: int
+    """The same for 99 %."""
+    dead: bool
+    """Whether the update is zero or under a thousandth of the adapter's median."""
+
+
+@dataclass(frozen=True)
+class AdapterSpectrum:
+    """The updates of an adapter, layer by layer in the model's order."""
+
+    layers: tuple[LayerSpectrum, ...]
+    """Every adapted layer."""
+    whole: bool
+    """Whether these are the updates themselves; False when they are only what the file's factors add to them."""
+    median_norm: float
+    """The median norm of the updates that are not zero; 0 when all are."""
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """The paths of the dead layers."""
+        return tuple(layer.path for layer in self.layers if layer.dead)
+
+
+@dataclass(frozen=True)
+class LayerOverlap:
+    """How the updates of two adapters on one layer lie to each other. All from 0 to 1, but for the cosine."""
+
+    path: str
+    """The layer's path in the base model."""
+    ranks: tuple[int, int]
+    """How many directions each update has."""
+    cosine: float
+    """The cosine of the angle between the two updates as vectors: -1 opposed, 0 unrelated, 1 the same."""
+    angles_in: tuple[float, ...]
+    """The principal angles between what the two read from, in degrees, ascending."""
+    angles_out: tuple[float, ...]
+    """The principal angles between what the two write to, in degrees, ascending."""
+    phi_in: float | None
+    """The LoRA paper's subspace similarity of all input directions: the mean squared cosine of ``angles_in``;
+    None when either update is zero."""
+    phi_out: float | None
+    """The same of the output directions."""
+    chance_in: float
+    """What ``phi_in`` is on average for random directions: the larger rank divided by the number of inputs."""
+    chance_out: float
+    """The same of the output directions."""
+
+
+@dataclass(frozen=True)
+class AdapterOverlap:
+    """How two adapters of one model lie to each other."""
+
+    layers: tuple[LayerOverlap, ...]
+    """Every layer that both change."""
+    only_first: tuple[str, ...]
+    """Layers that only the first adapter changes."""
+    only_second: tuple[str, ...]
+    """Layers that only the second one changes."""
+    cosine: float
+    """The cosine of the two as one vector over all their layers."""
+    phi_in: float | None
+    """The mean of ``phi_in`` over the layers where neither update is zero; None when there is none."""
+    phi_out: float | None
+    """The same of the output directions."""
+    chance_in: float | None
+    """The mean of ``chance_in`` over the same layers."""
+    chance_out: float | None
+    """The mean of ``chance_out`` over the same layers."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from veneer.core.records import LayerNorms, MatchReport, MergeReport, ModuleRecord
+from veneer.core.records import MatchReport, MergeReport, ModuleRecord
 
 
 def megabytes(count: float) -> str:
@@ -108,24 +108,6 @@ def target_table(report: MatchReport) -> Group:
     share = report.trainable / report.total if report.total else 0.0
     rest["trainable"] = f"{report.trainable:,} of {report.total:,} parameters ({share:.3%})"
     return Group(made, facts(rest))
-
-
-def norm_table(layers: Sequence[LayerNorms]) -> Table:
-    """The layers of a saved adapter with the norms of their factors."""
-    made = table(
-        "layer",
-        "r",
-        "scaling",
-        "|A|",
-        "|B|",
-        "|s B A|",
-        title="Layers",
-        numbers=("r", "scaling", "|A|", "|B|", "|s B A|"),
-    )
-    for layer in layers:
-        norms = (f"{layer.a_norm:.4g}", f"{layer.b_norm:.4g}", f"{layer.update_norm:.4g}")
-        made.add_row(layer.path, str(layer.r), f"{layer.scaling:.4g}", *norms)
-    return made
 
 
 def merge_table(report: MergeReport, output: str) -> Table:
