@@ -14,7 +14,7 @@ from veneer.cli.output import console
 from veneer.core.errors import TargetError, UsageError, listed
 from veneer.core.hub import CONFIG_NAME
 from veneer.core.records import MatchReport, ModuleRecord
-from veneer.train.config import adapter_fields
+from veneer.train.families import adapter_fields
 
 if TYPE_CHECKING:
     from veneer.adapters.files import AdapterFiles
