@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
+import pytest
+
 import veneer
+from veneer.core.absent import ABSENT
 
 FROZEN = [
     "AdaLoraCallback",
     "AdaLoraConfig",
     "AdapterFileError",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BaseMismatchWarning",
     "ConfigError",
     "CordaConfig",
@@ -23,19 +34,37 @@ FROZEN = [
     "MergeError",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
     "TargetError",
     "TaskType",
     "TrainingError",
     "UsageError",
     "VeneerError",
     "VeraConfig",
+    "cast_mixed_precision_params",
+    "convert_to_lora",
     "get_eva_state_dict",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
     "initialize_lora_eva_weights",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
+    "rescale_adapter_scale",
+    "save_as_lora",
+    "set_peft_model_state_dict",
 ]
 HEAVY = (
     "transformers",
@@ -93,3 +122,14 @@ def test_adapting_saving_and_loading_a_torch_model_needs_no_model_library() -> N
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_every_public_name_of_peft_is_served_or_says_why_not() -> None:
+    import peft
+
+    for name in peft.__all__:
+        assert (name in veneer.__all__) != (name in ABSENT), name
+    assert set(ABSENT) <= set(peft.__all__)
+    for name, reason in ABSENT.items():
+        with pytest.raises(AttributeError, match=f"PEFT's {name} is not offered: {re.escape(reason)}"):
+            getattr(veneer, name)
