@@ -51,7 +51,7 @@ PLACES = [
     (kaiming.Init, "fill", 4),
     (ModulesToSaveWrapper, "__init__", 1),
     (inject_module, "_bias_place", 5),
-    (layer_module, "_holder", 8),
+    (layer_module, "holder_for", 8),
     (nn.ModuleDict, "__setitem__", 1),
 ]
 STEPS = [(owner, name, step) for owner, name, steps in PLACES for step in range(1, steps + 1)]

@@ -58,19 +58,7 @@ def prepare_model_for_compiled_hotswap(
     """
     adapted = adapted_of(model)
     _check_not_compiled(model, check_compiled)
-    if not adapted.peft_config:
-        raise UsageError("This model has no adapter to prepare; load the first one before preparing its place.")
-    for name in adapted.peft_config:
-        _check_slot(adapted, name)
-    for path, layer in adapted.layers.items():
-        for name in layer.specs:
-            if target_rank is not None and layer.r[name] > target_rank:
-                raise UsageError(
-                    f"{name!r} has rank {layer.r[name]} on {path!r}, above target_rank={target_rank}; choose the "
-                    "largest rank of all adapters to come."
-                )
-            if target_rank is not None:
-                _check_paddable(path, layer, name)
+    _check_ranks(adapted, target_rank)
     if target_modules:
         for name in adapted.peft_config:
             _widen(adapted, name, target_modules)
@@ -210,6 +198,23 @@ _PLAIN = frozenset(
         "lora_B.bias",
     }
 )
+
+
+def _check_ranks(adapted: AdaptedModel, target_rank: int | None) -> None:
+    """Refuse adapters that cannot be given this rank."""
+    if not adapted.peft_config:
+        raise UsageError("This model has no adapter to prepare; load the first one before preparing its place.")
+    for name in adapted.peft_config:
+        _check_slot(adapted, name)
+    for path, layer in adapted.layers.items():
+        for name in layer.specs:
+            if target_rank is not None and layer.r[name] > target_rank:
+                raise UsageError(
+                    f"{name!r} has rank {layer.r[name]} on {path!r}, above target_rank={target_rank}; choose the "
+                    "largest rank of all adapters to come."
+                )
+            if target_rank is not None:
+                _check_paddable(path, layer, name)
 
 
 def _check_paddable(path: str, layer: AdaptedLayer, name: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from veneer.adapters.holder import holder_for
 from veneer.adapters.rebase import standing, standing_weight
 from veneer.adapters.routing import Router
 from veneer.core import registry
@@ -158,7 +158,7 @@ class AdaptedLayer(nn.Module):
                 # A magnitude, not a factor: around one tensor, as in PEFT.
                 held._modules[name] = nn.Module()
             if name not in held._modules:
-                held._modules[name] = _holder(container, specs[f"{container}.weight"].shape, self.base_layer)
+                held._modules[name] = holder_for(container, specs[f"{container}.weight"].shape, self.base_layer)
             held._modules[name]._parameters[leaf] = parameter
         self.variants[name], self.specs[name] = variant, specs
         if shared is not None:
@@ -223,7 +223,7 @@ class AdaptedLayer(nn.Module):
         if not leaf:
             held[name] = tensor
             return
-        holder = _holder(container, tuple(tensor.shape), self.base_layer)
+        holder = holder_for(container, tuple(tensor.shape), self.base_layer)
         holder._parameters.update(held[name]._parameters)
         holder._parameters[leaf] = tensor
         held[name] = holder
@@ -398,24 +398,3 @@ def relabel(held: Any, old: str, new: str) -> None:
     items = [(new if key == old else key, value) for key, value in held.items()]
     held.clear()
     held.update(items)
-
-
-def _holder(name: str, shape: tuple[int, ...], module: nn.Module) -> nn.Module:
-    """The module that carries ``weight`` (and ``bias``) as in PEFT, made without a start of its own.
-
-    It is called like PEFT's: a Linear, or for a convolution one that strides and pads as that does (A) or one of
-    kernel 1 (B).
-    """
-    if not isinstance(module, _ConvNd) or len(shape) != module.weight.ndim:
-        holder: Any = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(holder)
-        holder.out_features, holder.in_features = shape
-        holder._parameters.update(weight=None, bias=None)
-        return holder  # type: ignore[no-any-return]
-    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
-    own = ("stride", "padding", "dilation", "padding_mode") if name.endswith("_A") else ("groups",)
-    options: Any = {option: getattr(module, option) for option in own}
-    channels = shape[1] * options.get("groups", 1)
-    holder = kind(channels, shape[0], shape[2:], bias=False, device="meta", **options)
-    holder._parameters["weight"] = None
-    return holder  # type: ignore[no-any-return]
