@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def check_vllm(folder: Path, *, max_lora_rank: int | None = None, model_type: st
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"{str(folder)!r} has no {CONFIG_NAME}; expected an adapter's folder.")
     config = read_json(folder / CONFIG_NAME)
+    _check_numbers(folder, config)
     shapes = _shapes(folder)
     layers = _layers(shapes)
     found = [*_features(config), *_tensors(shapes, config), *_modules(layers, model_type)]
@@ -105,6 +107,28 @@ def check_vllm(folder: Path, *, max_lora_rank: int | None = None, model_type: st
     fits = next((allowed for allowed in VLLM_RANKS if allowed >= max(ranks)), 0)
     found += _rank(max(ranks), fits, max_lora_rank)
     return VllmCheck(tuple(found), fits)
+
+
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse ranks and alphas that no reader of the config could use."""
+    numbers = {name: config.get(name) for name in ("r", "lora_alpha")}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterFileError(f"{folder / CONFIG_NAME} has {name} {patterns!r}; expected a mapping to numbers.")
+        numbers |= {f"{name}[{key!r}]": value for key, value in patterns.items()}
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise AdapterFileError(
+                    f"{folder / CONFIG_NAME} has {key!r} in {name}, which is not a regular expression: {error}."
+                ) from None
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise AdapterFileError(f"{folder / CONFIG_NAME} has {name} {value!r}; expected a number.")
+        if "pattern" in name and not (value or 0) > 0:
+            raise AdapterFileError(f"{folder / CONFIG_NAME} has {name} {value!r}; expected a number above 0.")
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

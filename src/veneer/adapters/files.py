@@ -193,6 +193,8 @@ def read(source: str | Path, config: PeftConfig | None = None, **where: Any) -> 
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is not a complete safetensors file: {error}.") from None
     for key, tensor in tensors.items():
+        if tensor.is_complex():
+            raise AdapterFileError(f"{path} holds {tensor.dtype} in {key}, expected floating-point numbers.")
         if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
             raise AdapterFileError(f"{path} has values that are not finite in {key}.")
     return AdapterFiles(str(path), config, tensors, metadata)

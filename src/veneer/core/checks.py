@@ -6,6 +6,11 @@ from typing import Any
 
 from veneer.core.errors import ConfigError
 
+_TOO_MANY = 2**31
+"""More than any vocabulary."""
+_DEEPEST = 10_000
+"""More layers than any model."""
+
 
 def layer_ranges(name: str, value: Any) -> list[list[int]] | None:
     """Pairs of layer numbers, each [start, end) with at least one layer, as lists; None for none.
@@ -23,6 +28,9 @@ def layer_ranges(name: str, value: Any) -> list[list[int]] | None:
             raise ConfigError(
                 f"{name} has {pair!r}; expected ranges of layers [[start, end], ...], each from start to before end."
             )
+    layers = sum(end - start for start, end in pairs)
+    if layers > _DEEPEST:
+        raise ConfigError(f"{name} makes a model of {layers} layers; expected at most {_DEEPEST}.")
     return [list(pair) for pair in pairs]
 
 
@@ -35,7 +43,7 @@ def sequence_of_ids(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f"{name} is {value!r}; expected a list of token ids.")
     for token in value:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < _TOO_MANY:
             raise ConfigError(f"{name} has {token!r}; expected token ids, whole numbers from 0.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from veneer.core.errors import UsageError
+from veneer.core.errors import AdapterFileError, UsageError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -29,6 +29,7 @@ def locate(
 
     Raises:
         UsageError: no such folder and no such file on the hub, or the hub is out of reach.
+        AdapterFileError: the file is a symbolic link to somewhere outside of the folder.
     """
     try:
         folder = Path(name).expanduser()
@@ -38,6 +39,7 @@ def locate(
     if folder.is_dir():
         path = folder / subfolder / filename if subfolder else folder / filename
         if path.is_file():
+            _stay_inside(path, folder)
             return path
         raise UsageError(f"{path.parent} has no {filename}; expected a folder that save_pretrained wrote.")
     if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
@@ -68,3 +70,13 @@ def locate(
         raise UsageError(
             f"There is no folder {str(name)!r}, and the hub gave no {filename} for it: {first_line}"
         ) from None
+
+
+def _stay_inside(path: Path, folder: Path) -> None:
+    """Refuse a link out of the folder, but for those of the hub's cache, whose snapshots are links to its blobs."""
+    target, home = path.resolve(), folder.resolve()
+    caches = [place.parent / "blobs" for place in (home, *home.parents) if place.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in (home, *caches)):
+        raise AdapterFileError(
+            f"{path} is a symbolic link to {target}, outside of its folder; put the file itself there to load it."
+        )
