@@ -137,6 +137,28 @@ def _attention(**options: Any) -> BaseCase:
     )
 
 
+class _Experts(nn.Module):
+    """Each of three tokens goes through a matrix of its own; a single matrix takes them all."""
+
+    def __init__(self, *shape: int, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(shape))
+        self.is_transposed = is_transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.stack.transpose(-1, -2) if self.is_transposed else self.stack
+        return torch.einsum("bti,toi->bto", x, W if W.ndim == 3 else W.expand(3, -1, -1))
+
+
+def _parameter(*shape: int, is_transposed: bool = False) -> BaseCase:
+    def plain(module: nn.Module, x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
+        # Rows of the experts below each other; each token's own are found on the diagonal.
+        return (x @ W_OI.t()).view(2, 3, -1, 5).expand(2, 3, 3, 5).diagonal(dim1=1, dim2=2).transpose(1, 2)
+
+    fields = {"target_modules": [], "target_parameters": ["layer.stack"]}
+    return BaseCase(lambda: _Experts(*shape, is_transposed=is_transposed), _features, plain=plain, fields=fields)
+
+
 CASES: dict[str, dict[str, BaseCase]] = {
     "linear": {
         "bias": BaseCase(lambda: nn.Linear(6, 5), _features),
@@ -156,6 +178,11 @@ CASES: dict[str, dict[str, BaseCase]] = {
     "bnb_8bit": {"bias": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x, quantise=_eight_bits)},
     "quantised": {"bias": BaseCase(lambda: nn.Linear(6, 5), _features, lambda x: x, quantise=_Rounded)},
     "conv1d": {"bias": BaseCase(_conv1d, _features)},
+    "parameter": {
+        "experts": _parameter(3, 5, 6),
+        "transposed": _parameter(3, 6, 5, is_transposed=True),
+        "matrix": _parameter(5, 6),
+    },
     "embedding": {
         "plain": BaseCase(lambda: nn.Embedding(9, 5), _ids, _one_hot),
         "scaled": BaseCase(lambda: _ScaledEmbedding(9, 5), _ids, lambda x: 3.0 * _one_hot(x)),

@@ -344,7 +344,9 @@ def test_dtypes_and_devices_are_kept(variant: str, base: str, case: str, dtype: 
     wide = torch.float32 if own in HALVES else own
     assert {p.dtype for p in layer.tensors("default").values()} == {wide}
     assert model(x).dtype == dtype
-    same = veneer.get_peft_model(base_model(base, case, dtype)[0], config(variant), autocast_adapter_dtype=False)
+    narrow, _, found = base_model(base, case, dtype)
+    chosen = replace(config(variant), **found.fields)
+    same = veneer.get_peft_model(narrow, chosen, autocast_adapter_dtype=False)
     assert {p.dtype for p in same.base_model.model.layer.tensors("default").values()} == {own}
     if not layer.base.exact:
         return  # bitsandbytes' tensors cannot be moved to the meta device.

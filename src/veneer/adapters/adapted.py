@@ -105,17 +105,29 @@ class AdaptedModel(nn.Module):
         Raises:
             UsageError: one does.
         """
-        whole = list(saved)
+        whole, targets = list(saved), list(targets)
         pairs = [(path, other) for path in whole for other in self.layers]
         pairs += [(other, path) for path in targets for other in self.saved]
         pairs += [
             pair for path in whole for other in self.saved if path != other for pair in ((path, other), (other, path))
         ]
+        self._refuse_twice(targets)
         for outer, inner in pairs:
             if inner == outer or inner.startswith(f"{outer}."):
                 raise UsageError(
                     f"{outer!r} would be saved whole by one adapter while another one changes {inner!r} inside it; "
                     "leave it out of one of them, with exclude_modules or modules_to_save."
+                )
+
+    def _refuse_twice(self, targets: Iterable[str]) -> None:
+        owners = {self.index.slot(path).owner: path for path in self.layers if path not in self.index.slots}
+        for path in targets:
+            owner = self.index.slot(path).owner
+            clash = owner if owner != path and owner in self.layers else owners.get(path)
+            if clash is not None:
+                raise UsageError(
+                    f"{path!r} cannot be adapted while another adapter is on {clash!r}: one of them takes the module "
+                    "whole and the other a parameter of it. Name the same in both configs, or merge the other first."
                 )
 
     def original(self, parameter: str) -> nn.Parameter:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.kbit import check_into, mark_merged, merge_quantised
@@ -172,12 +173,15 @@ def _check(adapted: AdaptedModel, path: str, names: Sequence[str], safe: bool) -
 
 
 def check_place(layer: AdaptedLayer, name: str) -> None:
-    """Check, on the meta device, that an adapter's update has a place in the weight of a layer.
+    """Check that an adapter's update has a place in the weight of a layer: on the meta device, where it costs nothing.
 
     Raises:
         MergeError: it has none.
     """
     layer.base.delta(*(torch.empty(shape, device="meta") for shape in layer.base.factor_shapes(layer.r[name])))
+    if parametrize.is_parametrized(layer.get_base_layer(), layer.leaf):
+        # Refused here and not halfway: it says itself why.
+        layer.base.replace(layer.base.weight())
 
 
 def _merge_layer(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from veneer.adapters.defaults import DEFAULT_TARGETS
-from veneer.adapters.index import ModuleIndex, Slot, lies_in, view
+from veneer.adapters.experts import check_parameters, parameters_named, unmatched
+from veneer.adapters.index import PARAMETER, ModuleIndex, Slot, lies_in, view
 from veneer.adapters.rows import TokenRows, select_rows
 from veneer.adapters.target import Target as Target
 from veneer.adapters.target import make_targets
@@ -80,6 +81,9 @@ class _Selector:
         excluded = set(self.match("exclude_modules", config.exclude_modules)) if config.exclude_modules else set()
         inside_saved = {path for path in self.index.slots if lies_in(path, [slot.path for slot in saved])}
         slots = self.target_slots(excluded, inside_saved)
+        parameters = self.parameter_slots()
+        check_parameters(config, parameters, (slot.path for slot in slots), excluded | inside_saved)
+        slots += parameters
         ranks = self.values("rank_pattern", config.ranks, slots)
         alphas = self.values("alpha_pattern", config.alphas, slots)
 
@@ -147,10 +151,28 @@ class _Selector:
 
     # Targets
 
+    def parameter_slots(self) -> list[Slot]:
+        """The parameters that are adapted by themselves."""
+        found: dict[str, None] = {}
+        for pattern in self.parameter_names():
+            paths = parameters_named(self.index, pattern)
+            if not paths and not self.from_file:
+                raise TargetError(unmatched(self.index, pattern))
+            self.matches.append(PatternMatch("target_parameters", pattern, paths))
+            found.update(dict.fromkeys(paths))
+        slots = [self.index.parameters[path] for path in found]
+        self.warn_of_ties(slots)
+        return sorted(slots, key=lambda slot: (self.index.order[slot.owner], slot.order))
+
+    def parameter_names(self) -> list[str]:
+        return (self.config.target_parameters or []) if isinstance(self.config, LoraConfig) else []
+
     def target_slots(self, excluded: set[str], inside_saved: set[str]) -> list[Slot]:
         names = self.config.target_modules
         if names is None:
             names = self.default_names()
+        if not names:
+            return []
         if isinstance(names, str) and names.lower() == ALL_LINEAR:
             paths = [
                 path
@@ -181,7 +203,7 @@ class _Selector:
         """An update on one of several modules that share a weight does not reach the others."""
         adapted = {slot.path for slot in slots}
         for slot in slots:
-            others = [path for path in self.index.tied.get(slot.path, ()) if path not in adapted]
+            others = [path for path in self.index.tied.get(slot.owner, ()) if path not in adapted]
             if others:
                 warnings.warn(
                     f"The adapter on {slot.path!r} does not reach {listed(others)}, which share its weight; "
@@ -193,6 +215,8 @@ class _Selector:
         model_type = self.index.model_type
         if model_type in DEFAULT_TARGETS:
             return list(DEFAULT_TARGETS[model_type])
+        if self.parameter_names():
+            return []
         raise TargetError(
             f"target_modules is not given, and there is no default for model type {model_type!r}; "
             f"use target_modules='all-linear' or name some of: {listed(self.adaptable_names(), most=20)}."
@@ -239,7 +263,7 @@ class _Selector:
             return self.default_names()
         if not isinstance(names, str) or names.lower() != ALL_LINEAR:
             return names
-        wanted = {slot.path for slot in slots}
+        wanted = {slot.path for slot in slots if slot.kind != PARAMETER}
         shortest = set()
         for path in wanted:
             parts = path.split(".")
@@ -291,7 +315,7 @@ class _Selector:
         if self.config.bias == "none":
             return ()
         if self.config.bias == self.config.own_biases:
-            names = [f"{target.slot.path}.bias" for target in targets]
+            names = list(dict.fromkeys(f"{target.slot.owner}.bias" for target in targets))
             found = [name for name in names if name in self.index.parameter_sizes]
         else:
             inside = [slot.path for slot in saved]

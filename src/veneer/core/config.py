@@ -27,6 +27,7 @@ __all__ = [
     "strict",
 ]
 
+
 @strict
 @dataclass(kw_only=True)
 class TunerConfig(PeftConfig):
@@ -100,7 +101,8 @@ class TunerConfig(PeftConfig):
         """The key of the start: the file in ``inits/``."""
 
     def _check_names(self) -> None:
-        self.target_modules = _names("target_modules", self.target_modules)
+        alone = isinstance(self, LoraConfig) and bool(self.target_parameters)
+        self.target_modules = _names("target_modules", self.target_modules, empty=alone)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
@@ -242,6 +244,8 @@ class LoraConfig(LowRankConfig):
 
     peft_type: str | None = "LORA"
     """The variant family in PEFT's spelling."""
+    target_parameters: list[str] | None = None
+    """Parameters that are adapted by themselves, such as experts: names (exact or suffix), "experts.down_proj"."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     lora_bias: bool = False
@@ -262,6 +266,13 @@ class LoraConfig(LowRankConfig):
     """Activate the adapter from the last place on where these token ids stand in the input (arXiv 2504.12397)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(
+                f"target_parameters is the text {self.target_parameters!r}; expected a list of names: "
+                f"[{self.target_parameters!r}]."
+            )
+        parameters = _names("target_parameters", self.target_parameters)
+        self.target_parameters = parameters if isinstance(parameters, list) else None
         super().__post_init__()
         require_bool("use_rslora", self.use_rslora)
         require_bool("lora_bias", self.lora_bias)
@@ -307,7 +318,7 @@ def _start(value: Any) -> bool | str:
     return _STARTS.get(value.lower(), value.lower())
 
 
-def _names(field_name: str, value: Any) -> list[str] | str | None:
+def _names(field_name: str, value: Any, *, empty: bool = False) -> list[str] | str | None:
     if value is None:
         return None
     if isinstance(value, str):
@@ -317,7 +328,7 @@ def _names(field_name: str, value: Any) -> list[str] | str | None:
         return value
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(v, str) and v for v in value):
         raise ConfigError(f"{field_name} is {value!r}; expected a list of module names.")
-    if not value and field_name == "target_modules":
+    if not value and field_name == "target_modules" and not empty:
         raise ConfigError("target_modules is an empty list; name at least one module, or leave it out.")
     return sorted(value) if isinstance(value, set | frozenset) else list(dict.fromkeys(value))
 

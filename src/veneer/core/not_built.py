@@ -32,7 +32,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         "MonteCLoRA draws the update anew in every step and needs a term of its own in the loss, which no training "
         "loop adds by itself. Use lora_dropout against overfitting.",
     ),
-    "target_parameters": (None, "only whole modules can be adapted. Name modules in target_modules."),
     "use_bdlora": (
         None,
         "BD-LoRA makes factors block-diagonal to fit the way one server splits a model over devices. Train a plain "

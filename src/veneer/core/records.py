@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Role = Literal[
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "modules_to_save",
     "trainable_token_indices",

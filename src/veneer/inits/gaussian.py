@@ -22,7 +22,9 @@ class Init(AbstractInit):
     def fill(self, start: Start) -> Tensor | None:
         A, B, bias = start.A, start.B, start.bias
         if start.base.zero_factor == "B":
-            nn.init.normal_(A, std=1 / A.shape[0])
+            # A holds the rows of every expert, where W does.
+            experts = start.base.shape()[0] // B.shape[0]
+            nn.init.normal_(A, std=experts / A.shape[0])
             nn.init.zeros_(B)
         else:
             nn.init.zeros_(A)
