@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from tests.contract.bases import BaseCase, all_cases, cases_of
+from tests.contract.bases import CASES, BaseCase, all_cases, cases_of
 from tests.contract.evidence import prepare
 from veneer.core import registry
 from veneer.core.base import AbstractBase, WeightBase
@@ -26,18 +27,6 @@ VARIANTS, INITS = registry.names("variants"), registry.names("inits")
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
 R, ALPHA = 2, 7
-
-
-def _combinations(exact: bool | None) -> pytest.MarkDecorator:
-    cases = [pytest.param(v, b, c, id=f"{v}-{b}-{c}") for v in VARIANTS for b, c in all_cases(exact)]
-    return pytest.mark.parametrize(("variant", "base", "case"), cases)
-
-
-combinations, exact_combinations = _combinations(None), _combinations(True)
-quantised_combinations = _combinations(False)
-"""Those whose W is stored in fewer bits than it is read in; what is special about them is in test_quantised.py."""
-starts = pytest.mark.parametrize("init", INITS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 class Holder(nn.Module):
@@ -53,7 +42,11 @@ class Holder(nn.Module):
 
 
 def config(variant: str, init: str = "kaiming", **more: Any) -> Any:
-    """The variant's config, with those of the usual fields that it has; a start that it refuses is skipped."""
+    """The variant's config, with those of the usual fields that it has.
+
+    Raises:
+        ConfigError: the variant refuses the start, or has none but its own.
+    """
     found = registry.load("variants", variant).Variant
     known = {f.name for f in fields(found.config_class)}
     named = f"{init}_2" if init.endswith("_niter") else init
@@ -61,14 +54,11 @@ def config(variant: str, init: str = "kaiming", **more: Any) -> Any:
     if "init_r" in known:
         usual |= {"r": 8, "init_r": R, "target_r": R - 1, "total_step": 10}
     if "init_lora_weights" not in known and init != "kaiming":
-        pytest.skip(f"{found.config_class.__name__} starts in its own way.")
+        raise ConfigError(f"{found.config_class.__name__} starts in its own way.")
     if "lora_dropout" in more and "lora_dropout" not in known:
         more[next(name for name in known if name.endswith("_dropout"))] = more.pop("lora_dropout")
     given = {name: value for name, value in usual.items() if name in known} | dict(found.options) | more
-    try:
-        return found.config_class(**given)
-    except ConfigError as refusal:
-        pytest.skip(str(refusal))
+    return found.config_class(**given)
 
 
 def base_model(base: str, case: str, dtype: torch.dtype) -> tuple[Holder, Tensor, BaseCase]:
@@ -90,6 +80,54 @@ def adapt(model: nn.Module, config: Any, *names: str) -> veneer.PeftModel:
     for name in names[1:]:
         adapted.add_adapter(name, config)
     return adapted
+
+
+@cache
+def refusal(variant: str, base: str, case: str) -> str | None:
+    """Why a variant cannot be on a base, or None; a refusal comes before anything is touched."""
+    if base not in CASES:
+        return None  # its tests fail and say what is missing
+    model, _, _ = base_model(base, case, torch.float32)
+    try:
+        veneer.get_peft_model(model, config(variant))
+    except ConfigError as refused:
+        assert type(model.layer).__name__ != "AdaptedLayer"
+        return str(refused)
+    return None
+
+
+@cache
+def accepts(variant: str, init: str) -> bool:
+    """Whether a variant takes a start."""
+    try:
+        config(variant, init)
+    except ConfigError:
+        return False
+    return True
+
+
+def _combinations(exact: bool | None) -> pytest.MarkDecorator:
+    """Every variant on every base that it can be on."""
+    every = [(v, b, c) for v in VARIANTS for b, c in all_cases(exact)]
+    cases = [pytest.param(*found, id="-".join(found)) for found in every if refusal(*found) is None]
+    return pytest.mark.parametrize(("variant", "base", "case"), cases)
+
+
+def _starts() -> pytest.MarkDecorator:
+    """The same with every start that the variant takes."""
+    every = [(v, b, c, i) for v in VARIANTS for b, c in all_cases(None) for i in INITS]
+    cases = [
+        pytest.param(v, b, c, i, id="-".join((v, b, c, i)))
+        for v, b, c, i in every
+        if accepts(v, i) and refusal(v, b, c) is None
+    ]
+    return pytest.mark.parametrize(("variant", "base", "case", "init"), cases)
+
+
+combinations, exact_combinations, started_combinations = _combinations(None), _combinations(True), _starts()
+quantised_combinations = _combinations(False)
+"""Those whose W is stored in fewer bits than it is read in; what is special about them is in test_quantised.py."""
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def move(model: nn.Module, seed: int = 1) -> None:
@@ -150,11 +188,19 @@ def test_each_variant_is_selected_by_its_own_config() -> None:
         assert again == config(name, peft_version=again.peft_version)
 
 
-@combinations
-@starts
-@dtypes
-def test_start(variant: str, base: str, case: str, init: str, dtype: torch.dtype) -> None:
+def test_refusals_are_sentences() -> None:
+    reasons = {refusal(variant, base, case) for variant in VARIANTS for base, case in all_cases(None)} - {None}
+    assert all(reason.endswith(".") and "\n" not in reason for reason in reasons)
+
+
+@started_combinations
+def test_start(variant: str, base: str, case: str, init: str) -> None:
     """An identity start leaves the outputs bit-identical, in training too; any other start changes them."""
+    for dtype in DTYPES:
+        check_start(variant, base, case, init, dtype)
+
+
+def check_start(variant: str, base: str, case: str, init: str, dtype: torch.dtype) -> None:
     model, x, _ = base_model(base, case, dtype)
     frozen = {training: model.train(training)(x) for training in (False, True)}
     droppable = {} if issubclass(registry.load("bases", base).Base, WeightBase) else {"lora_dropout": 0.3}
@@ -171,8 +217,7 @@ def test_start(variant: str, base: str, case: str, init: str, dtype: torch.dtype
             assert ((after - before).abs() <= bound).all()
 
 
-@combinations
-@starts
+@started_combinations
 def test_start_is_drawn_from_torchs_seed(variant: str, base: str, case: str, init: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
@@ -283,10 +328,14 @@ def test_unmerge_gives_back_the_very_tensors(variant: str, base: str, case: str,
             assert torch.equal(after[name], value)
 
 
-@combinations
-@starts
-@dtypes
-def test_save_and_load(variant: str, base: str, case: str, init: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@started_combinations
+def test_save_and_load(variant: str, base: str, case: str, init: str, tmp_path: Path) -> None:
+    """Every start in float32; the plain one in half precision too, which is all that another dtype changes."""
+    for dtype in DTYPES if init == "kaiming" else DTYPES[:1]:
+        check_file(variant, base, case, init, dtype, tmp_path / str(dtype))
+
+
+def check_file(variant: str, base: str, case: str, init: str, dtype: torch.dtype, tmp_path: Path) -> None:
     for number, option in enumerate(options(variant, base_model(base, case, dtype)[0].layer)):
         model, x, _ = base_model(base, case, dtype)
         adapted = adapt(model, config(variant, init, **option)).eval()

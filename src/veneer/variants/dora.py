@@ -68,7 +68,8 @@ class Variant(AbstractVariant):
         moved = init.fill(Start(base, A, B, None, scaling, config, evidence))
         W_OI = base.weight() if moved is None else moved
         if init.subtracts:
-            W_OI = W_OI.to(merge_dtype(W_OI, A)) - base.delta(A, B) * scaling
+            # As the system will take the starting factors off, to the bit, so that the magnitude is the norm.
+            W_OI = W_OI.to(merge_dtype(W_OI, A)) - base.delta(A, B * scaling)
         p[MAGNITUDE].copy_(_norms(base, A, B, W_OI, scaling).view_as(p[MAGNITUDE]))
         return moved
 
