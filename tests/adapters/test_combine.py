@@ -258,6 +258,10 @@ def test_every_family(kind: str) -> None:
         {"use_rslora": True, "lora_dropout": 0.1},
         {"lora_bias": True},
         {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"alora_invocation_tokens": [5, 6]},
+        {"use_qalora": True, "qalora_group_size": 4},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"layers.1.self_attn.v_proj": 1}},
@@ -343,6 +347,15 @@ def test_updates_of_dora_are_added_up() -> None:
     assert max(layer.error for layer in report) < 1e-6
 
 
+@pytest.mark.parametrize(("combination", "rank"), [("cat", None), ("svd", None), ("svd", 9)])
+def test_starts_that_take_a_part_of_the_weight(combination: str, rank: int | None) -> None:
+    model = made("llama", {"init_lora_weights": "pissa"}, {})
+    model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "both", "cat")
+    assert_updates(updates(model, "both"), expected(model, "ab", [0.5, 2.0]))
+    model.add_weighted_adapter(["a"], [-0.5], "new", combination, svd_rank=rank)
+    assert_updates(updates(model, "new"), expected(model, "a", [-0.5]))
+
+
 @pytest.mark.parametrize("combination", ["linear", "cat"])
 def test_factors_of_dora_are_not_its_update(combination: str) -> None:
     model = made("llama", {"use_dora": True}, {})
@@ -412,6 +425,29 @@ def test_whole_modules_of_two_adapters(configs: list[dict[str, Any]], sentence: 
     with pytest.raises(UsageError, match=sentence):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "cat")
     assert_same(before, snapshot(model))
+
+
+def test_starts_cannot_be_added_up_by_their_factors() -> None:
+    model = made("llama", {"init_lora_weights": "pissa"}, {})
+    with pytest.raises(UsageError, match="'a' started from a part of the weight"):
+        model.add_weighted_adapter(["a"], [0.5], "new", "linear")
+
+
+@pytest.mark.parametrize("combination", TYPES)
+def test_activated_adapters_stay_activated(combination: str) -> None:
+    model = made("llama", {"alora_invocation_tokens": [5, 6]}, {"alora_invocation_tokens": [5, 6]}, {})
+    model.add_weighted_adapter(["a", "b"], [0.5, -1.0], "new", combination, density=density_for(combination))
+    assert model.peft_config["new"].alora_invocation_tokens == [5, 6]
+    if combination == "cat":
+        given = {"input_ids": torch.tensor([[3, 4, 5, 6, 7, 8]])}
+        model.set_adapter("new")
+        after = models.output(model, given)
+        with model.disable_adapter():
+            before = models.output(model, given)
+        assert torch.equal(after[:, :2], before[:, :2])
+        assert not torch.allclose(after[:, 2:], before[:, 2:])
+    with pytest.raises(UsageError, match="active from different tokens on"):
+        model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "more", "cat")
 
 
 def test_merged_adapters() -> None:

@@ -17,6 +17,7 @@ from veneer.adapters.convert import convert, convert_to_lora, save_as_lora
 from veneer.adapters.lowrank import Rank
 from veneer.core.records import ApproximatedLayer
 from veneer.variants.adalora import AdaLoraConfig
+from veneer.variants.vera import VeraConfig
 
 WEIGHTS = "adapter_model.safetensors"
 LORAS: dict[str, dict[str, Any]] = {
@@ -184,6 +185,82 @@ def test_adalora_has_the_rank_that_is_left_of_it(tmp_path: Path) -> None:
     torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
     assert again.peft_config["default"].target_modules == ["q_proj", "down_proj"]
     close(peft_updates_in(tmp_path / "b"), updates(model))
+
+
+STARTS = ("pissa", "pissa_niter_4", "olora", "orthogonal", "mica")
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}], ids=["", "rslora"])
+def test_what_a_start_took_from_the_weight_is_taken_off(start: str, more: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(init_lora_weights=start, target_modules=["q_proj", "down_proj"], **more)
+    given = models.batch("llama")
+    expected = models.output(model, given)
+    report = report_of(model, None)
+    save_as_lora(tmp_path / "b", model)
+    again = PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
+    close(peft_updates_in(tmp_path / "b"), updates(model))
+    subtracts = start in ("pissa", "pissa_niter_4", "olora")
+    assert {layer.r / layer.r_before for layer in report if layer.r_before} == {2 if subtracts else 1}
+    assert config_of(tmp_path / "b")["init_lora_weights"] is True
+
+
+def test_a_start_whose_weight_is_another_one_needs_a_rank(tmp_path: Path) -> None:
+    model = adapted(init_lora_weights="loftq", target_modules=["down_proj"])
+    with pytest.raises(UsageError, match="full rank"):
+        convert_to_lora(model)
+    save_as_lora(tmp_path / "b", model, 16)
+    close(updates_in(tmp_path / "b"), updates(model), relative=1e-5)
+
+
+def test_vera_has_factors_of_its_own(tmp_path: Path) -> None:
+    model = get_peft_model(models.make("llama"), VeraConfig(r=5, target_modules=["q_proj", "o_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vera_lambda" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    given = models.batch("llama")
+    expected = models.output(model, given)
+    report = report_of(model, None)
+    assert {layer.r for layer in report} == {5}
+    assert max(layer.error for layer in report) < 1e-6
+    save_as_lora(tmp_path / "b", model)
+    again = PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_qalora_has_factors_for_every_input(tmp_path: Path) -> None:
+    model = adapted(use_qalora=True, qalora_group_size=4)
+    wanted = updates(model)
+    save_as_lora(tmp_path / "b", model)
+    close(peft_updates_in(tmp_path / "b"), wanted)
+    assert config_of(tmp_path / "b")["use_qalora"] is False
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_an_activated_adapter_stays_activated(rank: Rank | None, tmp_path: Path) -> None:
+    model = adapted(alora_invocation_tokens=[5, 6], use_rslora=True, lora_bias=True)
+    given = {"input_ids": torch.tensor([[3, 4, 5, 6, 7, 8]])}
+    expected = models.output(model, given)
+    save_as_lora(tmp_path / "b", model, rank)
+    again = PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
+    torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions(tmp_path: Path) -> None:
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.Conv2d(6, 4, 1))
+
+    convolved = get_peft_model(model(), LoraConfig(r=3, lora_alpha=7, target_modules=["0", "1"]))
+    models.randomise(convolved)
+    given = torch.randn(2, 3, 5, 5)
+    expected = convolved(given)
+    for number, rank in enumerate((None, 3)):
+        save_as_lora(tmp_path / f"{number}", convolved, rank)
+        again = PeftModel.from_pretrained(model(), tmp_path / f"{number}")
+        torch.testing.assert_close(again(given), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_update_of_zeros() -> None:

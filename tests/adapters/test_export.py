@@ -61,6 +61,7 @@ def test_what_it_takes(config: dict[str, Any], r: int, fits: int, tmp_path: Path
         ({"use_qalora": True}, "use_qalora is set", "veneer merge"),
         ({"target_parameters": ["w1"]}, "target_parameters is set", "veneer merge"),
         ({"r": 0}, "r is 0", "save the adapter again"),
+        ({"lora_alpha": None}, "lora_alpha None", "save the adapter again"),
         ({"alpha_pattern": {"q_proj": 5}}, "2 of 14 layers have a factor of their own", "veneer resize --r 4"),
     ],
     ids=str,
@@ -163,6 +164,22 @@ def test_several_things_at_once(folder: Path) -> None:
     reconfigure(folder, use_dora=True, lora_bias=True, modules_to_save=["lm_head"])
     with_tensors(folder, **{"lm_head.weight": torch.ones(3, 4), "q.lora_magnitude_vector": torch.ones(3)})
     assert len(problems(check_vllm(folder, model_type="llama"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"lora_alpha": True}, "has lora_alpha True"),
+        ({"rank_pattern": {"q": "x"}}, "expected a number"),
+        ({"rank_pattern": [1]}, "expected a mapping to numbers"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
+    ],
+    ids=str,
+)
+def test_numbers_that_nobody_could_use(fields: dict[str, Any], sentence: str, folder: Path) -> None:
+    reconfigure(folder, **fields)
+    with pytest.raises(AdapterFileError, match=sentence):
+        check_vllm(folder)
 
 
 def test_folders_without_an_adapter(folder: Path) -> None:

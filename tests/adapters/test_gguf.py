@@ -151,6 +151,21 @@ def test_factors_of_their_own_are_in_b(config: dict[str, Any], alpha: float, res
         torch.testing.assert_close(found[path], update, rtol=1e-5, atol=1e-5, msg=path)
 
 
+def test_starts_that_took_a_part_of_the_weight(tmp_path: Path) -> None:
+    model = made("llama", tmp_path, init_lora_weights="pissa")
+    reader, _ = written(model, tmp_path)
+    found = in_transformers(in_llama_cpp(reader), model, reordered=True)
+    for path, update in updates(model).items():
+        torch.testing.assert_close(found[path], update, rtol=1e-5, atol=1e-5, msg=path)
+
+
+def test_invocation_tokens(tmp_path: Path) -> None:
+    reader, _ = written(made("llama", tmp_path, alora_invocation_tokens=[5, 6]), tmp_path)
+    assert field(reader, "adapter.alora.invocation_tokens") == [5, 6]
+    types = reader.fields["adapter.alora.invocation_tokens"].types
+    assert types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+
+
 def test_values_are_kept_bit_for_bit_where_nothing_is_reordered(tmp_path: Path) -> None:
     reader, _ = written(made("qwen2", tmp_path), tmp_path)
     own = load_file(tmp_path / "adapter_model.safetensors")

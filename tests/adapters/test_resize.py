@@ -102,6 +102,52 @@ def test_the_dtype_stays_and_its_rounding_is_in_the_error(dtype: torch.dtype, tm
         assert layer.kept == pytest.approx(1)
 
 
+@pytest.mark.parametrize("r", [2, 8, 16])
+def test_a_start_that_took_a_part_of_the_weight(r: int, tmp_path: Path) -> None:
+    """The file holds what it took, so the update of the original base is known without it."""
+    folder = saved(tmp_path / "a", init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])
+    before = updates_in(folder)
+    resized(folder, tmp_path / "b", r)
+    close(peft_updates_in(tmp_path / "b"), {path: best(update, r) for path, update in before.items()}, relative=1e-5)
+    assert config_of(tmp_path / "b")["init_lora_weights"] is True
+
+
+def test_what_it_is_beside_its_factors_stays(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", trainable_token_indices=[3, 4], alora_invocation_tokens=[5])
+    resized(folder, tmp_path / "b", 2)
+    mine, source = config_of(tmp_path / "b"), config_of(folder)
+    for field in ("trainable_token_indices", "alora_invocation_tokens"):
+        assert mine[field] == source[field]
+    after, before = files.read(tmp_path / "b").tensors, files.read(folder).tensors
+    [rows] = [key for key in before if "trainable_tokens" in key]
+    assert torch.equal(after[rows], before[rows])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"use_dora": True}, "type LORA with use_dora, whose update is no product of two factors"),
+        ({"use_qalora": True, "qalora_group_size": 4}, "type LORA with use_qalora"),
+        ({"init_lora_weights": "loftq"}, "started from a part of the base's weights"),
+    ],
+)
+def test_what_is_no_plain_lora(config: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", **{"target_modules": ["down_proj"], **config})
+    with pytest.raises(UsageError, match=sentence):
+        resize(files.read(folder), 2)
+
+
+def test_pefts_own_file_of_such_a_start(tmp_path: Path) -> None:
+    import peft
+
+    from tests import models
+
+    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"])
+    peft.get_peft_model(models.make("llama"), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(UsageError, match=r"init_lora_weights='pissa'.*veneer convert"):
+        resize(files.read(tmp_path / "a"), 2)
+
+
 def test_an_untrained_adapter(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
     zeros = {k: t.zero_() if "lora_B" in k else t for k, t in load_file(folder / WEIGHTS).items()}

@@ -31,7 +31,7 @@ from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.lowrank import Spectrum, spectrum_of, spectrum_of_product
 from veneer.adapters.merge import merged_names
-from veneer.adapters.plain import BIAS, Factors, factors_of, names_for, plain_config, stored
+from veneer.adapters.plain import BIAS, Factors, bias_of, factors_of, invocation, names_for, plain_config, stored
 from veneer.adapters.targets import select
 from veneer.core.config import PeftConfig, TunerConfig
 from veneer.core.errors import UsageError, listed
@@ -138,6 +138,11 @@ def _check_whole(adapted: AdaptedModel, adapters: Sequence[str]) -> None:
         raise UsageError(
             f"Adapter {listed(rows)} trains rows of embeddings (trainable_token_indices), which cannot be combined; "
             "merge it into the model first, or leave it out."
+        )
+    if len({invocation(adapted.peft_config[name]) for name in adapters}) > 1:
+        raise UsageError(
+            f"Adapters {listed(adapters)} are active from different tokens on (alora_invocation_tokens), so no one "
+            "adapter does what they do together."
         )
     biased = [name for name in adapters if name in adapted.biases.trained]
     if len(biased) > 1:
@@ -255,12 +260,19 @@ def _spectrum(recipe: Recipe, parts: list[_Part], whole: bool) -> Spectrum:
     """Of the combined update: in the small space of the stacked factors where nothing is pruned."""
     if recipe.kind == "svd" and whole and recipe.clamp is None:
         return spectrum_of_product(*_stacked(parts))
-    total = recipe.combine([part.layer.change(part.name) for part in parts], [part.weight for part in parts])
+    total = recipe.combine([_update(part) for part in parts], [part.weight for part in parts])
     if recipe.clamp is None:
         return spectrum_of(total)
     # What is cut off depends on the signs of the singular vectors, which are free: those that LAPACK gives PEFT.
     U, S, Vt = torch.linalg.svd(total, full_matrices=False)
     return Spectrum(S, U, Vt)
+
+
+def _update(part: _Part) -> Tensor:
+    """The (O, I) update of one adapter, in float32 or wider."""
+    if part.factors is None:
+        return part.layer.change(part.name)
+    return _wide(part.factors.B) @ _wide(part.factors.A) * part.factors.scaling
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
@@ -280,13 +292,8 @@ def _bias(recipe: Recipe, parts: list[_Part], wanted: bool, like: Tensor) -> Ten
     if not wanted:
         return None
     none = torch.zeros(parts[0].layer.original.shape()[0], device=like.device)
-    biases = [
-        part.layer.variants[part.name].merged_bias(
-            part.layer.original, part.layer.given(part.name), none, scaling=part.layer.scaling[part.name]
-        )
-        for part in parts
-    ]
-    return recipe.combine([none if bias is None else bias for bias in biases], [part.weight for part in parts]).to(like)
+    found = [bias_of(part.layer.tensors(part.name), part.layer.scaling[part.name]) for part in parts]
+    return recipe.combine([none if bias is None else bias for bias in found], [part.weight for part in parts]).to(like)
 
 
 def _new_config(adapted: AdaptedModel, adapters: Sequence[str], ranks: dict[str, int]) -> PeftConfig:

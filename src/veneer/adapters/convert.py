@@ -26,7 +26,7 @@ from veneer.adapters.files import FINGERPRINT, PREFIX, AdapterFiles, adapter_sta
 from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lowrank import Rank, Spectrum, check_rank, spectrum_of, spectrum_of_product
-from veneer.adapters.plain import Factors, factors_of, plain_config, stored
+from veneer.adapters.plain import Factors, bias_of, factors_of, plain_config, stored
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.errors import UsageError
 from veneer.core.records import ApproximatedLayer
@@ -117,7 +117,7 @@ def _layer(path: str, layer: AdaptedLayer, name: str, rank: Rank | None) -> _Mad
     if rank is None:
         rank = _exact_rank(path, spectrum, r)
     return _approximated(
-        path, r, spectrum, rank, change.dtype, lambda a, b: float((change.double() - b.double() @ a.double()).norm())
+        path, None, spectrum, rank, change.dtype, lambda a, b: float((change.double() - b.double() @ a.double()).norm())
     )
 
 
@@ -132,7 +132,7 @@ def _kept(path: str, factors: Factors, r: int) -> _Made:
 
 def _approximated(
     path: str,
-    r: int,
+    r: int | None,
     spectrum: Spectrum,
     rank: Rank | None,
     dtype: torch.dtype,
@@ -159,18 +159,15 @@ def _exact_rank(path: str, spectrum: Spectrum, r: int) -> int:
     if count == len(values) and count > r:
         raise UsageError(
             f"The update of {path!r} has the full rank of {count}, so no plain LoRA is exactly it; say how closely it "
-            "is to be met, with a rank or a share of the energy to keep."
+            "is to be met, with a rank (--r) or a share of the energy to keep (--energy)."
         )
     return count
 
 
 def _bias(layer: AdaptedLayer, name: str, made: _Made) -> Tensor | None:
     """What the adapter adds to the layer's bias, divided by the factor that it is scaled by again."""
-    zeros = torch.zeros(layer.original.shape()[0], device=made.B.device)
-    found = layer.variants[name].merged_bias(layer.original, layer.given(name), zeros, scaling=layer.scaling[name])
-    if found is zeros or found is None:
-        return None
-    return (found * (made.record.r / made.alpha)).to(made.B.dtype)
+    found = bias_of(layer.tensors(name), layer.scaling[name])
+    return None if found is None else (found * (made.record.r / made.alpha)).to(made.B.dtype)
 
 
 def _rest(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:

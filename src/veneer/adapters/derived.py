@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.adapters.card import rewritten_card
 from veneer.adapters.files import PREFIX, AdapterFiles, write_tensors
-from veneer.adapters.plain import BIAS, numbers
+from veneer.adapters.plain import BIAS, is_product, numbers
 from veneer.adapters.rebase import initial_name
 from veneer.core import registry
 from veneer.core.config import TunerConfig
@@ -81,7 +81,7 @@ def layers_in(files: AdapterFiles) -> tuple[dict[str, FileLayer], dict[str, Tens
     config, left = files.config, dict(files.tensors)
     assert isinstance(config, TunerConfig)
     variant = variant_of(config)
-    if type(variant) is not registry.load("variants", "lora").Variant:
+    if not is_product(variant):
         raise UsageError(
             f"{files.source} holds an adapter of type {_kind(config, variant)}, whose update is no product of two "
             "factors; make plain LoRA of it first, with veneer convert."
@@ -101,7 +101,12 @@ def layers_in(files: AdapterFiles) -> tuple[dict[str, FileLayer], dict[str, Tens
         )
     if not found:
         raise AdapterFileError(f"{files.source} has no pair of factors in it; expected the file of a LoRA.")
-    return found, left
+    return {path: found[path] for path in sorted(found, key=_in_order)}, left
+
+
+def _in_order(path: str) -> list[str]:
+    """Layer 2 comes before layer 10."""
+    return [part.zfill(6) if part.isdigit() else part for part in path.split(".")]
 
 
 def _kind(config: TunerConfig, variant: object) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veneer.adapters.derived import FileLayer, layers_in
 from veneer.adapters.files import PREFIX, AdapterFiles
+from veneer.adapters.plain import invocation
 from veneer.core.disk import write_whole
 from veneer.core.errors import UsageError, listed, nearest
 
@@ -84,6 +85,7 @@ def write_gguf(files: AdapterFiles, base: Mapping[str, Any], path: Path) -> Gguf
     layers, rest = layers_in(files)
     _refuse_rest(files, rest, layers, base)
     alpha, factors = _one_alpha(layers)
+    tokens = list(invocation(files.config))
     architecture = gguf.MODEL_ARCH[name]
     places = gguf.get_tensor_name_map(architecture, int(base["num_hidden_layers"]))
     arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -99,6 +101,9 @@ def write_gguf(files: AdapterFiles, base: Mapping[str, Any], path: Path) -> Gguf
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        if tokens:
+            key, kinds = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, gguf.GGUFValueType
+            writer.add_key_value(key, tokens, kinds.ARRAY, kinds.UINT32)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         for key, array in arrays.items():
             writer.add_tensor(key, array)

@@ -22,7 +22,7 @@ from veneer.adapters.index import ModuleIndex
 from veneer.adapters.rebase import STANDING, initial_name
 from veneer.core import registry
 from veneer.core.base import AbstractBase
-from veneer.core.config import LoraConfig, TunerConfig
+from veneer.core.config import LoraConfig, PeftConfig, TunerConfig
 from veneer.core.errors import UsageError
 from veneer.core.variant import AbstractVariant
 
@@ -57,11 +57,11 @@ def factors_of(
         scaling: its factor.
         r: its rank.
     """
-    if type(variant) is not type(registry.load("variants", "lora").Variant()) or STANDING in tensors:
+    if not is_product(variant) or STANDING in tensors:
         return None
     A, B = (tensors[name].detach() for name in base.factor_names)
     O, I = base.shape()  # noqa: E741 - the legend's letters
-    if A.shape[0] != r or A.numel() != r * I or B.shape[:2] != (O, r) or B.numel() != O * r:
+    if not base.one_matrix or A.shape[0] != r or A.numel() != r * I or B.shape[:2] != (O, r) or B.numel() != O * r:
         # Groups of a convolution, or experts that stand stacked: many products, not one.
         return None
     A_RI, B_OR = A.reshape(r, I), B.reshape(O, r)
@@ -70,6 +70,21 @@ def factors_of(
         return Factors(A_RI, B_OR, scaling, started=False)
     stacked_A, stacked_B = torch.cat([A_RI, A0.reshape(r, I)]), torch.cat([B_OR * scaling, -B0.reshape(O, r)], 1)
     return Factors(stacked_A, stacked_B, 1.0, started=True)
+
+
+def is_product(variant: AbstractVariant) -> bool:
+    """Whether a variant's update is ``scaling * (B A)`` of its factors as they are stored, on all tokens or some."""
+    return type(variant) in {registry.load("variants", name).Variant for name in ("lora", "alora")}
+
+
+def invocation(config: PeftConfig) -> tuple[int, ...]:
+    """The tokens that an adapter is active from; empty for one that always is."""
+    return tuple(config.alora_invocation_tokens or ()) if isinstance(config, LoraConfig) else ()
+
+
+def bias_of(tensors: Mapping[str, Tensor], scaling: float) -> Tensor | None:
+    """What an adapter with these tensors adds to the bias of its layer, as (O,), if it has one beside B."""
+    return tensors[BIAS].detach() * scaling if BIAS in tensors else None
 
 
 def stored(base: AbstractBase, A_RI: Tensor, B_OR: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

@@ -229,7 +229,7 @@ class ApproximatedLayer:
     path: str
     """The layer's path in the base model."""
     r_before: int | None
-    """The rank that it had; None when it had no factors."""
+    """The rank that it had; None when its update was no product of factors."""
     r: int
     """The rank that it has now."""
     norm: float | None = None

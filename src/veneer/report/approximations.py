@@ -28,12 +28,12 @@ def error_overall(layers: Sequence[ApproximatedLayer]) -> float:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage that is 100 only when nothing that shows is missing.
+    """A share as a percentage that is 100 only when less than a millionth is missing.
 
     >>> percent(0.99997)
     '99.99 %'
     """
-    return f"{math.floor(share * 10_000 + 1e-6) / 100:.2f} %"
+    return f"{math.floor(share * 10_000 + 0.01) / 100:.2f} %"
 
 
 def shown_ranks(layers: Sequence[ApproximatedLayer]) -> str:
