@@ -30,11 +30,13 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def compare(theirs: nn.Module, ours: nn.Module, tolerance: float) -> None:
-    """The factors are PEFT's but for signs, and learn where PEFT's do."""
+def compare(theirs: nn.Module, ours: nn.Module, tolerance: float, only: str = "") -> None:
+    """The factors, of layers with this in their name, are PEFT's but for signs, and learn where PEFT's do."""
     expected, found = factors(theirs), factors(ours)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
+        if only not in name:
+            continue
         assert found[name].requires_grad == value.requires_grad, name
         assert found[name].shape == value.shape, name
         error = float((found[name].detach().abs() - value.detach().abs()).abs().max())

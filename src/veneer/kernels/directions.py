@@ -65,4 +65,4 @@ class Directions:
         _, self.singular_values, Vh, _ = leading_svd(stack, self.count)
         largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
         self.components = Vh * largest.sign()
-        self.share = self.singular_values.square() / max(scatter, torch.finfo(torch.float64).tiny)
+        self.share = self.singular_values.square() / scatter if scatter else torch.zeros_like(self.singular_values)
