@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import safetensors
 import safetensors.torch
@@ -19,6 +19,7 @@ from veneer.adapters.embeddings import embeddings_in, embeddings_to_save
 from veneer.adapters.fingerprint import differs, fingerprint
 from veneer.adapters.names import Names
 from veneer.adapters.rebase import made_again
+from veneer.adapters.rows import TokenRows
 from veneer.adapters.shared import checksum_of, saved_shared, with_shared
 from veneer.adapters.targets import Selection, select
 from veneer.adapters.tokens import KEY as ROWS
@@ -200,6 +201,36 @@ def read(source: str | Path, config: PeftConfig | None = None, **where: Any) -> 
     return AdapterFiles(str(path), config, tensors, metadata)
 
 
+@final
+class _Left:
+    """The tensors of a file that have not found a place yet, and what is wrong with those that were looked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self.problems: list[str] = []
+
+    def take(self, key: str, shape: tuple[int, ...], floating: bool = True) -> Tensor | None:
+        """A tensor of this shape, taken out; None when there is a problem with it, which is noted."""
+        tensor = self.tensors.pop(f"{PREFIX}{key}", None)
+        if tensor is None:
+            self.problems.append(f"{PREFIX}{key} is missing")
+        elif tuple(tensor.shape) != tuple(shape):
+            self.problems.append(f"{PREFIX}{key} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        elif floating and not tensor.is_floating_point():
+            self.problems.append(f"{PREFIX}{key} holds {tensor.dtype}, expected floating-point numbers")
+        else:
+            return tensor
+        return None
+
+    def drop_doubles(self, whole: Iterable[str], rows: Iterable[TokenRows]) -> None:
+        """Leave out what PEFT writes more than once, and reads once."""
+        # The rows again for a tied head, when it writes whole embeddings.
+        again = {f"{PREFIX}{path}.{ROWS}" for each in rows for path in each.paths}
+        # With bias="all" the biases of a module saved whole, three times.
+        inside = tuple(f"{PREFIX}{path}.{name}." for path in whole for name in ("original_module", "modules_to_save"))
+        self.tensors = {k: t for k, t in self.tensors.items() if k not in again and not k.startswith(inside)}
+
+
 def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     """Sort a file's tensors to the layers of a model, every one of them and no other.
 
@@ -212,8 +243,8 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     except TargetError as error:
         raise AdapterFileError(f"{files.source} does not fit this model: {error}{_other_model(files.config)}") from None
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
-    left = dict(files.tensors)
-    problems: list[str] = []
+    left = _Left(files.tensors)
+    take = left.take
     remade = made_again(
         files.source,
         files.tensors,
@@ -221,19 +252,6 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         names={name for target in selection.targets for name in target.on_disk()},
         evidence=all(target.slot.evidence() is not None for target in selection.targets),
     )
-
-    def take(key: str, shape: tuple[int, ...], floating: bool = True) -> Tensor | None:
-        tensor = left.pop(f"{PREFIX}{key}", None)
-        if tensor is None:
-            problems.append(f"{PREFIX}{key} is missing")
-        elif tuple(tensor.shape) != tuple(shape):
-            problems.append(f"{PREFIX}{key} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        elif floating and not tensor.is_floating_point():
-            problems.append(f"{PREFIX}{key} holds {tensor.dtype}, expected floating-point numbers")
-        else:
-            return tensor
-        return None
-
     names = Names(target.slot for target in selection.targets)
     factors = {
         target.slot.path: {
@@ -254,21 +272,15 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     for bias in selection.biases:
         biases[bias] = take(names.parameter(bias), tuple(adapted.original(bias).shape))
     rows = [replace(each, values=take(f"{each.slot.path}.{ROWS}", each.shape)) for each in selection.tokens]
-    for path in (path for each in rows for path in each.paths):
-        # PEFT writes the rows again for a tied head when it writes whole embeddings.
-        left.pop(f"{PREFIX}{path}.{ROWS}", None)
+    left.drop_doubles(whole, rows)
+    problems, unplaced = left.problems, left.tensors
     selection = replace(selection, tokens=tuple(rows))
-    selection = with_shared(selection, left, files.metadata, problems, files.source)
-    embeddings, brought = embeddings_in(adapted, left, problems, PREFIX)
-    for path in whole:
-        # PEFT's bias="all" writes the biases of a module saved whole three times; only one of them is used.
-        for inside in ("original_module.", "modules_to_save."):
-            for key in [key for key in left if key.startswith(f"{PREFIX}{path}.{inside}")]:
-                del left[key]
-    if left:
+    selection = with_shared(selection, unplaced, files.metadata, problems, files.source)
+    embeddings, brought = embeddings_in(adapted, unplaced, problems, PREFIX)
+    if unplaced:
         expected = [f"{PREFIX}{names.wrapper(path)}.{key}" for path, keyed in factors.items() for key in keyed]
         expected += [f"{PREFIX}{path}.{key}" for path, keyed in whole.items() for key in keyed]
-        problems.extend(f"{key} has no place in this model{_clause(key, expected)}" for key in left)
+        problems.extend(f"{key} has no place in this model{_clause(key, expected)}" for key in unplaced)
     if problems:
         raise AdapterFileError(
             f"{files.source} does not fit this model and its config: {listed(problems, most=5)}."
