@@ -64,7 +64,16 @@ def test_qlora_measures_all_peers_and_merges(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("script", ["bench_step.py", "bench_inject.py", "bench_qlora.py"])
+def test_inits_measures_times_and_errors_against_both_peers(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    done = run("bench_inits.py", "--tiny", "--repeats", "1", "--results", str(results))
+    assert done.returncode == 0, done.stderr
+    found = rows(results)
+    assert [row["metric"] for row in found] == ["seconds", "subspace error"] * 4
+    assert all(float(row["veneer"]) < 1e-3 for row in found if row["metric"] == "subspace error")
+
+
+@pytest.mark.parametrize("script", ["bench_step.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"])
 def test_unknown_options_are_refused(script: str) -> None:
     done = run(script, "--sped")
     assert done.returncode == 2
