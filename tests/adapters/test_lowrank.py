@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.adapters.lowrank import check_rank, spectrum_of, spectrum_of_product
+from veneer.adapters.lowrank import check_rank, missed_by, spectrum_of, spectrum_of_product
 from veneer.core.errors import UsageError
 
 SHAPES = [(12, 20), (20, 12), (9, 9), (1, 7), (7, 1)]
@@ -91,6 +91,14 @@ def test_the_rank_for_a_share_of_the_energy() -> None:
     ]
     assert spectrum.rank_for(1e-9) == 1
     assert spectrum.rank_for(7) == 7
+
+
+def test_what_factors_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    update, A, B = dense((37, 9)), dense((3, 9), seed=1), dense((37, 3), seed=2)
+    wanted = float((update - B @ A).norm())
+    assert missed_by(update, A, B) == pytest.approx(wanted, rel=1e-12)
+    monkeypatch.setattr("veneer.adapters.lowrank._BLOCK", 80)
+    assert missed_by(update, A, B) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_an_update_of_zeros() -> None:

@@ -25,7 +25,7 @@ from veneer.adapters.derived import write
 from veneer.adapters.files import FINGERPRINT, PREFIX, AdapterFiles, adapter_state
 from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.layer import AdaptedLayer
-from veneer.adapters.lowrank import Rank, Spectrum, check_rank, spectrum_of, spectrum_of_product
+from veneer.adapters.lowrank import Rank, Spectrum, check_rank, missed_by, spectrum_of, spectrum_of_product
 from veneer.adapters.plain import Factors, bias_of, factors_of, plain_config, stored
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.errors import UsageError
@@ -116,9 +116,7 @@ def _layer(path: str, layer: AdaptedLayer, name: str, rank: Rank | None) -> _Mad
     spectrum = spectrum_of(change)
     if rank is None:
         rank = _exact_rank(path, spectrum, r)
-    return _approximated(
-        path, None, spectrum, rank, change.dtype, lambda a, b: float((change.double() - b.double() @ a.double()).norm())
-    )
+    return _approximated(path, None, spectrum, rank, change.dtype, lambda a, b: missed_by(change, a, b))
 
 
 def _kept(path: str, factors: Factors, r: int) -> _Made:

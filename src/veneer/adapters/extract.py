@@ -18,7 +18,7 @@ from veneer.adapters.checkpoint import Checkpoint, lent
 from veneer.adapters.files import FINGERPRINT, PREFIX, AdapterFiles
 from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.index import view
-from veneer.adapters.lowrank import Rank, check_rank, spectrum_of
+from veneer.adapters.lowrank import Rank, check_rank, missed_by, spectrum_of
 from veneer.adapters.plain import names_for, plain_config, stored
 from veneer.adapters.target import Target
 from veneer.adapters.targets import Selection, select
@@ -140,7 +140,8 @@ def _layer(
         r = min(spectrum.rank_for(rank), *change_OI.shape)
         A, B = (factor.to(change.dtype) for factor in spectrum.factors(r))
         norm = math.sqrt(spectrum.energy)
-        record = ApproximatedLayer(target.slot.path, None, r, norm, spectrum.kept(r), spectrum.error(r))
+        error = missed_by(change_OI, A, B) / norm
+        record = ApproximatedLayer(target.slot.path, None, r, norm, spectrum.kept(r), error)
         return stored(view_of, A, B, None), record
 
 

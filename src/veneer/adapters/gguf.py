@@ -10,7 +10,7 @@ Shape legend: V vocabulary, O outputs, R rank.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -85,7 +85,6 @@ def write_gguf(files: AdapterFiles, base: Mapping[str, Any], path: Path) -> Gguf
     layers, rest = layers_in(files)
     _refuse_rest(files, rest, layers, base)
     alpha, factors = _one_alpha(layers)
-    tokens = list(invocation(files.config))
     architecture = gguf.MODEL_ARCH[name]
     places = gguf.get_tensor_name_map(architecture, int(base["num_hidden_layers"]))
     arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -96,28 +95,34 @@ def write_gguf(files: AdapterFiles, base: Mapping[str, Any], path: Path) -> Gguf
         arrays |= _arrays(target, layer, factors[layer_path], heads)
         targets.append(target)
 
-    def write(beside: Path) -> None:
-        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[architecture])
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        if tokens:
-            key, kinds = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, gguf.GGUFValueType
-            writer.add_key_value(key, tokens, kinds.ARRAY, kinds.UINT32)
-        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-        for key, array in arrays.items():
-            writer.add_tensor(key, array)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-
-    write_whole(path.parent, {path.name: write})
+    own = gguf.MODEL_ARCH_NAMES[architecture]
+    write_whole(path.parent, {path.name: lambda beside: _write(beside, own, alpha, invocation(files.config), arrays)})
     size = sum(array.nbytes for array in arrays.values())
     rescaled = tuple(layer_path for layer_path, factor in factors.items() if factor != 1.0)
-    return GgufReport(gguf.MODEL_ARCH_NAMES[architecture], alpha, tuple(targets), rescaled, size)
+    return GgufReport(own, alpha, tuple(targets), rescaled, size)
+
+
+def _write(
+    path: Path, architecture: str, alpha: float, tokens: Sequence[int], arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if tokens:
+        key, kinds = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, gguf.GGUFValueType
+        writer.add_key_value(key, list(tokens), kinds.ARRAY, kinds.UINT32)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def _refuse_rest(

@@ -152,3 +152,13 @@ def spectrum_of(update_OI: Tensor) -> Spectrum:
     vectors = vectors.flip(1)
     left, right = (None, vectors.T) if tall else (vectors, None)
     return Spectrum(values, left, right, update_OI)
+
+
+def missed_by(update_OI: Tensor, A_RI: Tensor, B_OR: Tensor) -> float:
+    """The Frobenius norm of ``update - B A`` with the factors as they are, summed up in float64 block by block."""
+    A = A_RI.double()
+    squares = [
+        float((rows.double() - factor.double() @ A).square().sum())
+        for rows, factor in zip(torch.split(update_OI, _BLOCK // 8), torch.split(B_OR, _BLOCK // 8), strict=True)
+    ]
+    return math.sqrt(sum(squares))

@@ -12,7 +12,10 @@ from veneer.cli.rank_choice import ENERGY_HELP, R_HELP, padding_note, rank_from
 from veneer.core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from veneer.adapters.adapted import AdaptedModel
+    from veneer.core.records import ApproximatedLayer
 
 FORMS = ("lora",)
 
@@ -41,14 +44,7 @@ def convert(
     from veneer.adapters.convert import save
     from veneer.adapters.derived import check_output
     from veneer.cli.weights import counting
-    from veneer.report.approximations import (
-        approximation_table,
-        error_overall,
-        kept_overall,
-        percent,
-        shown_ranks,
-    )
-    from veneer.report.tables import facts, megabytes
+    from veneer.report.approximations import error_overall, kept_overall
     from veneer.tasks.loading import adapter_folder
 
     if to not in FORMS:
@@ -63,14 +59,7 @@ def convert(
     error = error_overall(found.layers)
     figures = {"made from": f"{folder}, of type {source.peft_type}", "relative error of the update": f"{error:.2g}"}
     size = save(output, adapted, _NAME, found.config, found.tensors, figures=figures, beside=folder)
-    shown = {
-        "energy kept": percent(kept_overall(found.layers)),
-        "relative error": f"{error:.2g}",
-        "ranks": shown_ranks(found.layers),
-        "size": megabytes(size),
-        "written to": str(output),
-    }
-    console().print(approximation_table(found.layers), facts(shown), sep="\n")
+    _show(found.layers, size, output)
     note = padding_note(found.layers) if rank is not None else None
     if note is not None:
         console(stderr=True).print(note, style="yellow", markup=False)
@@ -85,6 +74,20 @@ def convert(
         "layers": found.layers,
         "notes": [note] if note else [],
     }
+
+
+def _show(layers: Sequence[ApproximatedLayer], size: int, output: Path) -> None:
+    from veneer.report.approximations import approximation_table, error_overall, kept_overall, percent, shown_ranks
+    from veneer.report.tables import facts, megabytes
+
+    shown = {
+        "energy kept": percent(kept_overall(layers)),
+        "relative error": f"{error_overall(layers):.2g}",
+        "ranks": shown_ranks(layers),
+        "size": megabytes(size),
+        "written to": str(output),
+    }
+    console().print(approximation_table(layers), facts(shown), sep="\n")
 
 
 _NAME = "default"
