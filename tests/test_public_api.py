@@ -50,6 +50,8 @@ FROZEN = [
     "cast_mixed_precision_params",
     "convert_to_lora",
     "get_eva_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

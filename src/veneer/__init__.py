@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from veneer.adapters.loftq import replace_lora_weights_loftq
     from veneer.adapters.lora_ga import preprocess_loraga
     from veneer.adapters.model import PeftModel, get_peft_model
+    from veneer.adapters.status import get_layer_status, get_model_status
     from veneer.core.adalora_config import AdaLoraConfig
     from veneer.core.config import LoraConfig, PeftConfig
     from veneer.core.errors import (
@@ -112,6 +113,8 @@ __all__ = [
     "cast_mixed_precision_params",
     "convert_to_lora",
     "get_eva_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
@@ -158,6 +161,8 @@ _HOMES = {
     "cast_mixed_precision_params": "veneer.adapters.injected",
     "convert_to_lora": "veneer.adapters.convert",
     "get_eva_state_dict": "veneer.adapters.eva",
+    "get_layer_status": "veneer.adapters.status",
+    "get_model_status": "veneer.adapters.status",
     "get_peft_config": "veneer.core.peft_type",
     "get_peft_model": "veneer.adapters.model",
     "get_peft_model_state_dict": "veneer.adapters.injected",

@@ -13,7 +13,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters import combine, files, lifecycle
+from veneer.adapters import combine, files, lifecycle, status
 from veneer.adapters import convert as conversion
 from veneer.adapters import merge as merging
 from veneer.adapters.adapted import AdaptedModel
@@ -451,6 +451,14 @@ class PeftModel(nn.Module):
         counted = [parameter for parameter in self.parameters() if id(parameter) not in unused]
         sizes = [(math.prod(shape_of(p)), p.requires_grad) for p in counted]
         return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The state of every module that holds adapters; see ``veneer.get_layer_status``."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The state of all adapters together; see ``veneer.get_model_status``."""
+        return status.get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters learn, of how many."""

@@ -121,8 +121,6 @@ ABSENT: dict[str, str] = {
     "PeftWarning": "warnings here are UserWarning",
     "TrainableTokensConfig": "single rows of an embedding are trained with LoraConfig(trainable_token_indices=[...])",
     "get_base_model_state_dict": "use model.unload().state_dict(), or disable_adapter() to run the base model",
-    "get_layer_status": "model.match_report says what the active adapter is on",
-    "get_model_status": "model.match_report says what the active adapter is on",
     "set_base_model_state_dict": "load the base model's weights before adapting it",
     "shift_tokens_right": "transformers' models shift the labels themselves",
 }
