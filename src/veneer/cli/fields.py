@@ -110,7 +110,8 @@ def _metavar(hint: Any) -> str:
     if get_origin(parts[0]) is dict:
         return "NAME=VALUE,..." if get_args(parts[0])[1] is Any else "NAME=NUMBER,..."
     if get_origin(parts[0]) is list:
-        return "NUMBER,..." if get_args(parts[0]) == (int,) else "NAME,..."
+        of = get_args(parts[0])
+        return "START-END,..." if of == (list[int],) else "NUMBER,..." if of == (int,) else "NAME,..."
     if bool in parts:
         return "true|false|NAME"
     return "NUMBER"
@@ -129,6 +130,8 @@ def _read(name: str, given: Any, hint: Any) -> Any:
     if get_origin(parts[0]) is list:
         if len(texts) == 1 and texts[0].lstrip().startswith("{") and any(get_origin(part) is dict for part in parts):
             return _mapping(name, texts)
+        if get_args(parts[0]) == (list[int],):
+            return [_range(name, item) for item in _items(texts)]
         if get_args(parts[0]) == (int,):
             return [_number(name, item, whole=True) for item in _items(texts)]
         return _names(texts, regex_allowed=str in parts)
@@ -139,6 +142,13 @@ def _read(name: str, given: Any, hint: Any) -> Any:
 
 def _items(texts: Sequence[str]) -> list[str]:
     return [item.strip() for text in texts for item in text.split(",") if item.strip()]
+
+
+def _range(name: str, text: str) -> list[int]:
+    start, dash, end = text.partition("-")
+    if not dash or not start.strip().isdecimal() or not end.strip().isdecimal():
+        raise ConfigError(f"--{name.replace('_', '-')} has {text!r}; expected START-END, two whole numbers.")
+    return [int(start), int(end)]
 
 
 def _names(texts: Sequence[str], *, regex_allowed: bool) -> list[str] | str:
