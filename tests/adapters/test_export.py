@@ -54,6 +54,7 @@ def test_what_it_takes(config: dict[str, Any], r: int, fits: int, tmp_path: Path
         ({"modules_to_save": ["lm_head"]}, 'modules_to_save is ["lm_head"]', "veneer merge"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is set", "--max-lora-trainable-tokens"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'", "veneer convert"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'", "veneer convert"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'", "veneer convert"),
         ({"target_modules": None}, "target_modules is missing", "save the adapter again"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set", "veneer merge"),
