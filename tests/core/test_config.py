@@ -221,6 +221,27 @@ def test_combinations_without_meaning() -> None:
         LoraConfig(target_modules=".*q_proj", layers_to_transform=[1])
 
 
+@pytest.mark.parametrize(
+    ("alpha", "expected"), [(16, {"q": 8, "v": 64, ".*o": 2}), (3, {"q": 1.5, "v": 12, ".*o": 0.375})]
+)
+def test_alphas_that_match_the_ranks_are_numbers_in_the_file(alpha: int, expected: dict[str, float]) -> None:
+    config = LoraConfig(r=8, lora_alpha=alpha, rank_pattern={"q": 4, "v": 32, ".*o": 1}, alpha_pattern="match")
+    assert json.loads(config.to_json())["alpha_pattern"] == config.alpha_pattern == expected
+    assert {key: value / config.rank_pattern[key] for key, value in expected.items()} == dict.fromkeys(
+        expected, alpha / 8
+    )
+    assert dataclasses.replace(config, task_type="CAUSAL_LM").alpha_pattern == expected
+
+
+def test_matching_alphas_where_they_mean_nothing() -> None:
+    with pytest.raises(ConfigError, match="alpha_pattern='match' goes with rank_pattern"):
+        LoraConfig(alpha_pattern="match")
+    with pytest.raises(ConfigError, match="alpha_pattern='match' has no meaning with use_rslora"):
+        LoraConfig(alpha_pattern="match", rank_pattern={"q": 4}, use_rslora=True)
+    with pytest.raises(ConfigError, match="alpha_pattern is 'macht'"):
+        LoraConfig(alpha_pattern="macht", rank_pattern={"q": 4})
+
+
 def test_unknown_field_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no field 'lora_apha'.*'lora_alpha'"):
         LoraConfig(lora_apha=16)

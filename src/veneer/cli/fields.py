@@ -108,7 +108,8 @@ def _metavar(hint: Any) -> str:
     if get_origin(parts[0]) is Literal:
         return "|".join(map(str, get_args(parts[0])))
     if get_origin(parts[0]) is dict:
-        return "NAME=VALUE,..." if get_args(parts[0])[1] is Any else "NAME=NUMBER,..."
+        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+        return "|".join(["NAME=VALUE,..." if get_args(parts[0])[1] is Any else "NAME=NUMBER,...", *words])
     if get_origin(parts[0]) is list:
         of = get_args(parts[0])
         return "START-END,..." if of == (list[int],) else "NUMBER,..." if of == (int,) else "NAME,..."
@@ -126,6 +127,9 @@ def _read(name: str, given: Any, hint: Any) -> Any:
     if get_origin(parts[0]) is Literal:
         return texts[0]
     if get_origin(parts[0]) is dict:
+        words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+        if texts[0] in words:
+            return texts[0]
         return _mapping(name, texts, _value if get_args(parts[0])[1] is Any else _any_number)
     if get_origin(parts[0]) is list:
         if len(texts) == 1 and texts[0].lstrip().startswith("{") and any(get_origin(part) is dict for part in parts):

@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, final
 
 from veneer.core import registry
@@ -154,8 +155,9 @@ class LowRankConfig(TunerConfig):
     """How "lora_ga" uses gradients: direction, scale, stable_gamma."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """A rank for the modules whose name ends in the given name or regular expression."""
-    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
-    """A lora_alpha for the modules whose name ends in the given name or regular expression."""
+    alpha_pattern: dict[str, int | float] | Literal["match"] = field(default_factory=dict)
+    """A lora_alpha for the modules whose name ends in the given name or regular expression; "match" gives those of
+    rank_pattern one by which all updates are scaled alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,6 +204,7 @@ class LowRankConfig(TunerConfig):
 
     @property
     def alphas(self) -> Mapping[str, float]:
+        assert not isinstance(self.alpha_pattern, str)
         return self.alpha_pattern
 
     @property
@@ -210,6 +213,12 @@ class LowRankConfig(TunerConfig):
         return named or re.sub(r"(?<=_niter)_\d+$", "", str(self.init_lora_weights))
 
     def _check_patterns(self) -> None:
+        if self.alpha_pattern == "match":
+            # Resolved to numbers at once: PEFT's file has no word for it. There each module's alpha is over its own r.
+            if not isinstance(self.rank_pattern, dict) or not self.rank_pattern:
+                raise ConfigError("alpha_pattern='match' goes with rank_pattern, which is not given.")
+            whole = {key: Fraction(self.lora_alpha) * rank / self.r for key, rank in self.rank_pattern.items()}
+            self.alpha_pattern = {key: int(a) if a.denominator == 1 else float(a) for key, a in whole.items()}
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
             if patterns is None:
@@ -266,6 +275,8 @@ class LoraConfig(LowRankConfig):
     """Activate the adapter from the last place on where these token ids stand in the input (arXiv 2504.12397)."""
 
     def __post_init__(self) -> None:
+        if self.alpha_pattern == "match" and self.use_rslora:
+            raise ConfigError("alpha_pattern='match' has no meaning with use_rslora=True, which allows for each rank.")
         if isinstance(self.target_parameters, str):
             raise ConfigError(
                 f"target_parameters is the text {self.target_parameters!r}; expected a list of names: "

@@ -78,6 +78,19 @@ class MatchReport:
         return self.base_parameters + self.untied + self._added
 
     @property
+    def scaling_note(self) -> str | None:
+        """What ranks of their own do to the scaling when alpha is the same for all, as a sentence; or None.
+
+        PEFT's files mean it so: an update is scaled by alpha over the rank of its own layer.
+        """
+        by_rank = {t.r: t.scaling for t in self.targets}
+        plain = all(abs(t.scaling * t.r - t.lora_alpha) <= 1e-9 * t.lora_alpha for t in self.targets)
+        if len(by_rank) < 2 or len({t.lora_alpha for t in self.targets}) > 1 or not plain:
+            return None
+        each = ", ".join(f"by {scaling:.4g} at r={r}" for r, scaling in sorted(by_rank.items()))
+        return f"Ranks differ and alpha does not, so updates are scaled {each}; alpha_pattern=match scales them alike."
+
+    @property
     def _added(self) -> int:
         return sum(t.parameters for t in self.targets) + sum(n for _, n in self.rows)
 

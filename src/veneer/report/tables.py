@@ -105,6 +105,8 @@ def target_table(report: MatchReport) -> Group:
     rest |= {f"trained rows: {path}": f"{count:,} parameters" for path, count in report.rows}
     if report.biases:
         rest["biases of the base"] = f"{report.biases:,} parameters"
+    if report.scaling_note:
+        rest["scaling"] = report.scaling_note
     share = report.trainable / report.total if report.total else 0.0
     rest["trainable"] = f"{report.trainable:,} of {report.total:,} parameters ({share:.3%})"
     return Group(made, facts(rest))
