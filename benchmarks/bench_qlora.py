@@ -87,19 +87,17 @@ def prepare_data(options: argparse.Namespace) -> str:
 
         model = smollm(print)
         tokenizer = AutoTokenizer.from_pretrained(model)
-        pairs = dict(zip(needed, docstring_pairs(4000, 400), strict=True))
+        pairs = dict(zip(needed, docstring_pairs(320, 160), strict=True))
         texts = {
             name: "".join(f"{p.signature}\n{p.summary}<|im_end|>\n" for p in found) for name, found in pairs.items()
         }
         tokens = {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in texts.items()}
     size = options.batch * options.length
-    for name, count in needed.items():
-        if len(tokens[name]) < count * size:
-            raise SystemExit(f"there are {len(tokens[name]) // size} {name} batches of this size, not {count}")
-    save_file(
-        {name: tokens[name][: count * size].view(*shape).contiguous() for name, count in needed.items()},
-        options.folder / DATA,
-    )
+    # What is trained on may come round again; what is measured on must be there.
+    batches = {name: found[: min(needed[name], len(found) // size) * size] for name, found in tokens.items()}
+    if not len(batches["train"]) or len(batches["held_out"]) < options.held_out * size:
+        raise SystemExit(f"there are {len(batches['held_out']) // size} held-out batches of this size")
+    save_file({name: found.view(*shape).contiguous() for name, found in batches.items()}, options.folder / DATA)
     return model
 
 
@@ -196,7 +194,7 @@ class Peer:
 
     def step(self, number: int) -> dict[str, float]:
         """One step on one batch."""
-        ids = self.data["train"][number]
+        ids = self.data["train"][number % len(self.data["train"])]
         start = time.perf_counter()
         loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -42,6 +42,22 @@ def test_eight_bits(tiny: Path) -> None:
     assert type(model.lm_head) is nn.Linear
 
 
+def mapped(folder: Path) -> bool:
+    return any(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_weight_file_is_let_go(tmp_path: Path, kind: str) -> None:
+    folder = chat.saved(tmp_path / "tiny", tied=True)
+    plain = load_model(folder)
+    assert mapped(folder)
+    del plain
+    model = load_model(folder, quantize=kind)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not mapped(folder)
+
+
 def test_a_folder_that_is_quantised_loads_so_and_not_twice(tiny: Path, tmp_path: Path) -> None:
     load_model(tiny, quantize="nf4").save_pretrained(tmp_path / "stored")
     assert type(load_model(tmp_path / "stored").model.layers[0].mlp.up_proj).__name__ == "Linear4bit"

@@ -14,6 +14,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "bitsandbytes",
     "safetensors",
     "huggingface-hub",
     "peft",

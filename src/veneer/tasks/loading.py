@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.errors import UsageError, listed, nearest
 from veneer.core.hub import CONFIG_NAME as ADAPTER_CONFIG
 from veneer.core.task_type import TaskType
-from veneer.tasks.quantise import quantisation_config
+from veneer.tasks.quantise import leave_file, quantisation_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +79,8 @@ def load_model(
     given = {"dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}
     with _in_one_sentence(name_or_path, f"could not be loaded with {auto_class}"), _log_errors_only():
         model, report = model_class.from_pretrained(_source(name_or_path), output_loading_info=True, **given)
+    if quantize is not None:
+        leave_file(model)
     # Before anybody calls it: what is measured before training must be what is trained.
     settle(quantised_slots(ModuleIndex(model)))
     _check_report(str(name_or_path), model, report, whole=auto_class in _WHOLE_MODELS, options=options)

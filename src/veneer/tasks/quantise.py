@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from veneer.core.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 Quantisation = Literal["nf4", "fp4", "int8"]
 """NormalFloat or float in 4 bits, whose scales are quantised too; or 8 bits with one scale a row."""
@@ -47,3 +47,14 @@ def quantisation_config(kind: str, dtype: str, config: PretrainedConfig) -> Bits
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
     )
+
+
+def leave_file(model: PreTrainedModel) -> None:
+    """Copy what was not quantised out of the mapped weight file.
+
+    One tensor that lies in the file keeps all of it mapped, and so the pages of the weights that were read only to be
+    quantised.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
