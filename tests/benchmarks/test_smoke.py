@@ -73,7 +73,18 @@ def test_inits_measures_times_and_errors_against_both_peers(tmp_path: Path) -> N
     assert all(float(row["veneer"]) < 1e-3 for row in found if row["metric"] == "subspace error")
 
 
-@pytest.mark.parametrize("script", ["bench_step.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"])
+def test_adapters_measures_both_peers(tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    sizes = ("--tiny", "--repeats", "1", "--many", "14", "--peft", "12", "--length", "4")
+    done = run("bench_adapters.py", *sizes, "--results", str(results))
+    assert done.returncode == 0, done.stderr
+    assert [row["metric"] for row in rows(results)] == ["load"] * 3 + ["forward"] * 6 + ["set_adapter", "hotswap"]
+    assert run("bench_adapters.py", "--many", "3").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "script", ["bench_adapters.py", "bench_step.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"]
+)
 def test_unknown_options_are_refused(script: str) -> None:
     done = run(script, "--sped")
     assert done.returncode == 2
