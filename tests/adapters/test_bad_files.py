@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests import chat
 from tests.adapters.snapshot import assert_same, snapshot
-from veneer import LoraConfig, PeftModel, VeneerError, get_peft_model
+from veneer import LoraConfig, PeftModel, VeneerError, VeraConfig, get_peft_model
 from veneer.cli.main import main
 from veneer.tasks.loading import load_model
 
@@ -134,6 +134,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a rank": (fields(r=1.5), "whole number"),
     "rank of text": (fields(r="8"), "whole number"),
     "negative rank for one": (fields(rank_pattern={"q_proj": -1}), "at least 1"),
+    "huge rank of what layers share": (fields(peft_type="VERA", r=10**9), "does not fit|does not know"),
     "rank_pattern of a list": (fields(rank_pattern=["q_proj"]), "expected a mapping"),
     "rank_pattern that is no expression": (fields(rank_pattern={"(": 2}), "not a regular expression"),
     "alpha of zero": (fields(lora_alpha=0), "above 0"),
@@ -323,3 +324,15 @@ def test_nothing_of_the_folder_is_run(model: Path, folder: Path, monkeypatch: py
 
     monkeypatch.setattr(torch, "load", refuse)
     assert isinstance(PeftModel.from_pretrained(load_model(model), folder), nn.Module)
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_projections_of_a_huge_rank_are_never_drawn(save_projection: bool, model: Path, tmp_path: Path) -> None:
+    config = VeraConfig(r=4, target_modules=["q_proj"], save_projection=save_projection)
+    get_peft_model(load_model(model), config).save_pretrained(tmp_path)
+    fields(r=10**15)(tmp_path)
+    base = load_model(model)
+    before = snapshot(base)
+    with pytest.raises(VeneerError, match=r"has shape \(4,\), expected \(1000000000000000,\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_same(before, snapshot(base))

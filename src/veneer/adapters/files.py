@@ -275,7 +275,11 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     left.drop_doubles(whole, rows)
     problems, unplaced = left.problems, left.tensors
     selection = replace(selection, tokens=tuple(rows))
-    selection = with_shared(selection, unplaced, files.metadata, problems, files.source)
+    if not problems:
+        selection = with_shared(selection, unplaced, files.metadata, problems, files.source)
+    else:
+        # What layers share is made in the sizes that the config gives, which may be any; it has no layer in its name.
+        unplaced = {key: tensor for key, tensor in unplaced.items() if "." in key.removeprefix(PREFIX)}
     embeddings, brought = embeddings_in(adapted, unplaced, problems, PREFIX)
     if unplaced:
         expected = [f"{PREFIX}{names.wrapper(path)}.{key}" for path, keyed in factors.items() for key in keyed]

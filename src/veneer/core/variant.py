@@ -189,5 +189,7 @@ def variant_of(config: PeftConfig) -> AbstractVariant:
     chosen = max(found, key=lambda variant: len(variant.options))
     others = {option for variant in found for option in variant.options} - set(chosen.options)
     if others:
-        raise ConfigError(f"{listed(sorted({*chosen.options, *others}))} cannot be combined; choose one of them.")
+        every = sorted({*chosen.options, *others})
+        given = [name for name in every if getattr(config, name) != getattr(type(config), name)]
+        raise ConfigError(f"{listed(given)} cannot be combined; choose one of them.")
     return chosen
