@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,6 +93,28 @@ def test_the_rank_for_a_share_of_the_energy() -> None:
     ]
     assert spectrum.rank_for(1e-9) == 1
     assert spectrum.rank_for(7) == 7
+
+
+@pytest.mark.parametrize("shape", [(300, 340), (340, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_triplets_of_a_large_update(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("veneer.adapters.lowrank._LARGE", 300)
+    falling = torch.logspace(0, -3, 300, dtype=torch.float64)
+    update = (torch.linalg.qr(dense((shape[0], 300)))[0] * falling @ torch.linalg.qr(dense((shape[1], 300)))[0].T).to(
+        dtype
+    )
+    whole, few = spectrum_of(update), spectrum_of(update, 5)
+    assert len(few.values) == 5
+    torch.testing.assert_close(few.values, whole.values[:5], rtol=1e-5, atol=0)
+    assert few.energy == pytest.approx(whole.energy, rel=1e-6)
+    assert few.kept(5) == pytest.approx(whole.kept(5), abs=1e-6)
+    missed = missed_by(update, *few.factors(5))
+    assert missed == pytest.approx(missed_by(update, *whole.factors(5)), rel=1e-6)
+    assert few.error(5) == pytest.approx(missed / math.sqrt(whole.energy), rel=1e-4)
+    # More than a sixteenth of them: the whole spectrum.
+    assert len(spectrum_of(update, 19).values) == 300
 
 
 def test_what_factors_miss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,8 +214,8 @@ def _layer(recipe: Recipe, path: str, parts: list[_Part]) -> tuple[Tensor, Tenso
             )
         A, B = _stacked(parts) if recipe.kind == "cat" else _added(recipe, path, parts)
         return A.to(dtype), B.to(dtype), ApproximatedLayer(path, default, A.shape[0])
-    spectrum = _spectrum(recipe, parts, whole)
     r = recipe.rank or default
+    spectrum = _spectrum(recipe, parts, whole, r)
     A, B = spectrum.factors(r, balanced=False)
     if recipe.clamp is not None:
         bound = _quantile(torch.cat([A.flatten(), B.flatten()]), recipe.clamp)
@@ -256,13 +256,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _spectrum(recipe: Recipe, parts: list[_Part], whole: bool) -> Spectrum:
+def _spectrum(recipe: Recipe, parts: list[_Part], whole: bool, r: int) -> Spectrum:
     """Of the combined update: in the small space of the stacked factors where nothing is pruned."""
     if recipe.kind == "svd" and whole and recipe.clamp is None:
         return spectrum_of_product(*_stacked(parts))
     total = recipe.combine([_update(part) for part in parts], [part.weight for part in parts])
     if recipe.clamp is None:
-        return spectrum_of(total)
+        return spectrum_of(total, r)
     # What is cut off depends on the signs of the singular vectors, which are free: those that LAPACK gives PEFT.
     U, S, Vt = torch.linalg.svd(total, full_matrices=False)
     return Spectrum(S, U, Vt)

@@ -113,7 +113,7 @@ def _layer(path: str, layer: AdaptedLayer, name: str, rank: Rank | None) -> _Mad
         A, B = factors.A.double() * factors.scaling, factors.B.double()
         return _approximated(path, r, spectrum_of_product(A, B), rank, factors.A.dtype, lambda a, b: _norm(A, B, a, b))
     change = layer.change(name)
-    spectrum = spectrum_of(change)
+    spectrum = spectrum_of(change, rank if isinstance(rank, int) else None)
     if rank is None:
         rank = _exact_rank(path, spectrum, r)
     return _approximated(path, None, spectrum, rank, change.dtype, lambda a, b: missed_by(change, a, b))

@@ -136,7 +136,7 @@ def _layer(
     with lent(target.slot.module, target.slot.leaf, change):
         view_of = view(target.slot)
         change_OI = view_of.weight().detach()
-        spectrum = spectrum_of(change_OI)
+        spectrum = spectrum_of(change_OI, rank if isinstance(rank, int) else None)
         r = min(spectrum.rank_for(rank), *change_OI.shape)
         A, B = (factor.to(change.dtype) for factor in spectrum.factors(r))
         norm = math.sqrt(spectrum.energy)
