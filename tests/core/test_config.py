@@ -58,7 +58,6 @@ REFUSED = {
     "use_bdlora": {"a": 1},
     "arrow_config": {"a": 1},
     "kasa_config": {"a": 1},
-    "ensure_weight_tying": True,
 }
 
 
@@ -122,6 +121,7 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("target_modules", ["q_proj", "q_proj"], ["q_proj"]),
     ("target_modules", ("v_proj", "q_proj"), ["v_proj", "q_proj"]),
     ("target_modules", {"v_proj", "q_proj"}, ["q_proj", "v_proj"]),
+    ("ensure_weight_tying", True, True),
     ("target_parameters", None, None),
     ("target_parameters", ["experts.up", "experts.up"], ["experts.up"]),
     ("target_parameters", {"up", "down"}, ["down", "up"]),

@@ -22,6 +22,7 @@ from veneer.adapters.rebase import made_again
 from veneer.adapters.rows import TokenRows
 from veneer.adapters.shared import checksum_of, saved_shared, with_shared
 from veneer.adapters.targets import Selection, select
+from veneer.adapters.ties import heads_in_file, tied_in_file
 from veneer.adapters.tokens import KEY as ROWS
 from veneer.core.config import PeftConfig, read_json
 from veneer.core.disk import write_whole
@@ -104,6 +105,8 @@ def adapter_state(
                 raise AdapterFileError(f"The given state dict has no {PREFIX}{memory}; it must be the whole model's.")
             tensor = full
         found[f"{PREFIX}{disk}"] = tensor.detach()
+    for key, source in heads_in_file(adapted, name, there).items():
+        found[f"{PREFIX}{key}"] = found[f"{PREFIX}{source}"].t()
     for key, memory, tensor in saved_shared(adapted, name):
         found[key] = (tensor if state_dict is None else state_dict.get(memory, tensor)).detach()
     if packed:
@@ -253,6 +256,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         evidence=all(target.slot.evidence() is not None for target in selection.targets),
     )
     names = Names(target.slot for target in selection.targets)
+    problems += tied_in_file({path: PREFIX + names.wrapper(path) for path in names.owners}, selection, left, PREFIX)
     factors = {
         target.slot.path: {
             key: take(f"{names.wrapper(target.slot.path)}.{spec.file_key or key}", spec.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -112,8 +112,11 @@ class ModuleIndex:
             return None
         return next((slot.path for slot in self.slots.values() if slot.module is found), None)
 
-    def untied(self, saved: list[str]) -> int:
-        """How many parameters a model has more of in which these modules, saved whole, are copies of their own."""
+    def untied(self, saved: list[str], together: Sequence[str] = ()) -> int:
+        """How many parameters a model has more of in which these modules, saved whole, are copies of their own.
+
+        Those in ``together`` are one copy.
+        """
         inside = [slot for slot in self.slots.values() if lies_in(slot.path, saved)]
         copied, replaced = 0, {}
         for slot in inside:
@@ -121,7 +124,7 @@ class ModuleIndex:
             for parameter in slot.module._parameters.values():
                 if parameter is None:
                     continue
-                copied += parameter.numel()
+                copied += parameter.numel() if slot.path not in together[1:] else 0
                 if not shared_outside:
                     replaced[id(parameter)] = parameter.numel()
         return copied - sum(replaced.values())

@@ -22,6 +22,7 @@ from veneer.adapters.saved import ModulesToSaveWrapper
 from veneer.adapters.shared import placed
 from veneer.adapters.target import Target
 from veneer.adapters.targets import Selection, select
+from veneer.adapters.ties import TiedFactors
 from veneer.core import registry
 from veneer.core.base import AbstractBase
 from veneer.core.config import PeftConfig, TunerConfig
@@ -93,7 +94,9 @@ def _inject(
     }
     fresh = {
         target.slot.path: (
-            _start(target, unmerged[target.slot.path], selection, autocast_adapter_dtype, device)
+            {}
+            if target.tied_to is not None
+            else _start(target, unmerged[target.slot.path], selection, autocast_adapter_dtype, device)
             if tensors is None
             else _loaded(
                 target, unmerged[target.slot.path], selection, autocast_adapter_dtype, tensors[target.slot.path]
@@ -106,7 +109,8 @@ def _inject(
         or AdaptedLayer(target.slot.module, target.kind, target.slot.leaf, read=target.slot.read)
         for target in selection.targets
     }
-    copies = {slot.path: _copy(slot.module) for slot in selection.saved}
+    one: dict[int, object] = {}
+    copies = {slot.path: _copy(slot.module, one if slot.path in selection.together else {}) for slot in selection.saved}
     rows = adapted.tokens.fresh(selection.tokens, _whole(adapted, selection), autocast_adapter_dtype, device)
     if shared is None:
         shared = selection.shared
@@ -210,8 +214,8 @@ def _cast(given: Mapping[str, Tensor], target: Target, widen: bool) -> dict[str,
     }
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    duplicate = copy.deepcopy(module)
+def _copy(module: nn.Module, copied: dict[int, object]) -> nn.Module:
+    duplicate = copy.deepcopy(module, copied)
     return duplicate.requires_grad_(False)
 
 
@@ -236,7 +240,7 @@ def _commit(
             selection.variant,
             target.specs,
             fresh[path],
-            shared=adapted.shared,
+            shared=adapted.shared if target.tied_to is None else TiedFactors(layers[target.tied_to]),  # type: ignore[arg-type]
             r=target.r,
             lora_alpha=target.lora_alpha,
             scaling=target.scaling,

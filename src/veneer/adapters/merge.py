@@ -7,7 +7,7 @@ what it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.kbit import check_into, mark_merged, merge_quantised
 from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.ties import keeps_tied, tie_merged
 from veneer.core.base import Into, QuantisedBase
 from veneer.core.errors import MergeError, UsageError, listed
 
@@ -65,6 +66,7 @@ def merge(
     try:
         for path, here in plan.items():
             _merge_layer(adapted, adapted.layers[path], here, reversible, into)
+        tie_merged(adapted)
         adapted.tokens.merge(wanted, reversible=reversible)
     except BaseException:
         # Out of memory or an interrupt halfway: what can be given back is given back.
@@ -150,8 +152,12 @@ def untied_by(adapted: AdaptedModel, names: Sequence[str]) -> str | None:
     Raises:
         MergeError: there is one, in a model that cannot be saved so.
     """
-    changed = [path for path, layer in adapted.layers.items() if any(name in layer.specs for name in names)]
-    changed += [path for path, w in adapted.saved.items() if any(name in w.modules_to_save for name in names)]
+
+    def alone(path: str, there: Mapping[str, object] | nn.ModuleDict) -> bool:
+        return any(name in there and not keeps_tied(adapted, name, path) for name in names)
+
+    changed = [path for path, layer in adapted.layers.items() if alone(path, layer.specs)]
+    changed += [path for path, wrapper in adapted.saved.items() if alone(path, wrapper.modules_to_save)]
     unties = next((path for path in changed for t in adapted.index.tied if t == path or t.startswith(f"{path}.")), None)
     unties = unties or adapted.tokens.unties(names, adapted.index.tied)
     if unties and getattr(getattr(adapted.model, "config", None), "is_encoder_decoder", False):

@@ -25,6 +25,8 @@ class Target:
     lora_alpha: float
     scaling: float
     specs: dict[str, ParameterSpec]
+    tied_to: str | None = None
+    """The path of the embeddings whose factors it uses, and which then has no tensors of its own."""
 
     def on_disk(self) -> dict[str, ParameterSpec]:
         """The tensors of this module that are in the adapter's file."""

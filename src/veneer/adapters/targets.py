@@ -19,6 +19,7 @@ from veneer.adapters.index import PARAMETER, ModuleIndex, Slot, lies_in, view
 from veneer.adapters.rows import TokenRows, select_rows
 from veneer.adapters.target import Target as Target
 from veneer.adapters.target import make_targets
+from veneer.adapters.ties import tie_targets, tie_whole, tied_group, tied_heads, warn_untied
 from veneer.core import registry
 from veneer.core.config import LoraConfig, PeftConfig, TunerConfig
 from veneer.core.errors import ConfigError, TargetError, listed, nearest
@@ -46,6 +47,8 @@ class Selection:
     """Rows of tables that are trained."""
     shared: Mapping[str, Tensor] | None = None
     """Tensors that all its layers share, from a file; without them the variant makes them."""
+    together: tuple[str, ...] = ()
+    """Modules among those trained whole whose copies share one weight."""
 
 
 def select(index: ModuleIndex, config: PeftConfig, *, from_file: bool = False) -> Selection:
@@ -77,10 +80,10 @@ class _Selector:
 
     def run(self) -> Selection:
         config = self.config
-        saved = self.saved_modules()
+        saved, together = tie_whole(self.index, config, self.saved_modules())
         excluded = set(self.match("exclude_modules", config.exclude_modules)) if config.exclude_modules else set()
         inside_saved = {path for path in self.index.slots if lies_in(path, [slot.path for slot in saved])}
-        slots = self.target_slots(excluded, inside_saved)
+        slots = tie_targets(self.index, config, self.target_slots(excluded, inside_saved))
         parameters = self.parameter_slots()
         check_parameters(config, parameters, (slot.path for slot in slots), excluded | inside_saved)
         slots += parameters
@@ -92,10 +95,13 @@ class _Selector:
         for slot in slots:
             r, alpha = int(ranks.get(slot.path, config.rank)), alphas.get(slot.path, config.alpha)
             targets += make_targets(self.index, slot, r, alpha, variant, config)
+        targets += tied_heads(self.index, config, variant, targets)
+        if not self.from_file:
+            warn_untied(self.index, config, [target.slot.path for target in targets] + list(together))
         resolved = replace(
             config,
             target_modules=self.resolved_names(slots),
-            modules_to_save=self.resolved_saved(saved),
+            modules_to_save=self.resolved_saved([slot for slot in saved if slot.path not in together[1:]]),
             fan_in_fan_out=any(view(t.slot).fan_in_fan_out for t in targets),
         )
         if config.fan_in_fan_out and not resolved.fan_in_fan_out:
@@ -106,8 +112,8 @@ class _Selector:
         biases = self.biases(targets, saved)
         tokens = config.trainable_token_indices if isinstance(config, LoraConfig) else None
         rows = () if tokens is None else select_rows(self.index, tokens)
-        report = self.report(targets, saved, biases, rows)
-        return Selection(resolved, variant, tuple(targets), tuple(saved), biases, report, rows)
+        report = self.report(targets, saved, biases, rows, together)
+        return Selection(resolved, variant, tuple(targets), tuple(saved), biases, report, rows, together=together)
 
     # Patterns
 
@@ -201,13 +207,14 @@ class _Selector:
 
     def warn_of_ties(self, slots: list[Slot]) -> None:
         """An update on one of several modules that share a weight does not reach the others."""
-        adapted = {slot.path for slot in slots}
+        tied = isinstance(self.config, LoraConfig) and self.config.ensure_weight_tying
+        adapted = {slot.path for slot in slots} | set(tied_group(self.index) if tied else ())
         for slot in slots:
             others = [path for path in self.index.tied.get(slot.owner, ()) if path not in adapted]
             if others:
                 warnings.warn(
-                    f"The adapter on {slot.path!r} does not reach {listed(others)}, which share its weight; "
-                    "name them in target_modules too, if they are to be adapted.",
+                    f"The adapter on {slot.path!r} does not reach {listed(others)}, which share its weight; set "
+                    "ensure_weight_tying=True to share the update too, or name them in target_modules for their own.",
                     stacklevel=7,
                 )
 
@@ -333,7 +340,12 @@ class _Selector:
         return tuple(found)
 
     def report(
-        self, targets: list[Target], saved: list[Slot], biases: tuple[str, ...], rows: tuple[TokenRows, ...]
+        self,
+        targets: list[Target],
+        saved: list[Slot],
+        biases: tuple[str, ...],
+        rows: tuple[TokenRows, ...],
+        together: tuple[str, ...],
     ) -> MatchReport:
         named = [PatternMatch("trainable_token_indices", each.slot.path, each.paths) for each in rows]
         return MatchReport(
@@ -350,10 +362,13 @@ class _Selector:
                 )
                 for target in targets
             ),
-            saved=tuple((slot.path, sum(p.numel() for p in slot.module.parameters())) for slot in saved),
+            saved=tuple(
+                (slot.path, 0 if slot.path in together[1:] else sum(p.numel() for p in slot.module.parameters()))
+                for slot in saved
+            ),
             biases=sum(self.index.parameter_sizes[name] for name in biases),
             base_parameters=sum(self.index.parameter_sizes.values()),
-            untied=self.index.untied([slot.path for slot in saved]),
+            untied=self.index.untied([slot.path for slot in saved], together),
             rows=tuple((each.slot.path, math.prod(each.shape)) for each in rows),
         )
 

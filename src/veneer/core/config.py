@@ -255,6 +255,8 @@ class LoraConfig(LowRankConfig):
     """The variant family in PEFT's spelling."""
     target_parameters: list[str] | None = None
     """Parameters that are adapted by themselves, such as experts: names (exact or suffix), "experts.down_proj"."""
+    ensure_weight_tying: bool = False
+    """Give modules that share the input embeddings' weight one update, or one trained copy, for all of them."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
     lora_bias: bool = False
@@ -285,6 +287,7 @@ class LoraConfig(LowRankConfig):
         parameters = _names("target_parameters", self.target_parameters)
         self.target_parameters = parameters if isinstance(parameters, list) else None
         super().__post_init__()
+        require_bool("ensure_weight_tying", self.ensure_weight_tying)
         require_bool("use_rslora", self.use_rslora)
         require_bool("lora_bias", self.lora_bias)
         require_bool("use_dora", self.use_dora)

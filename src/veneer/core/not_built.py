@@ -47,10 +47,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         "KaSA overwrites the base's weights for good, so disabling or deleting it would not give the base back. Use "
         "init_lora_weights='pissa', which starts from the same decomposition and leaves the base as it is.",
     ),
-    "ensure_weight_tying": (
-        False,
-        "adapters on modules that share a weight are trained each for itself. Leave one of the two out.",
-    ),
 }
 
 NOT_BUILT: Mapping[str, Any] = {name: accepted for name, (accepted, _) in _REFUSED.items()}
