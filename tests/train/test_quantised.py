@@ -51,6 +51,13 @@ def test_a_run_learns_and_says_what_its_base_was(tiny: Path, tmp_path: Path, kin
         assert full(input_ids=ids).logits.isfinite().all()
 
 
+def test_in_bfloat16_the_base_computes_in_it_and_the_adapter_learns_in_float32(tiny: Path, tmp_path: Path) -> None:
+    result = train(config(tiny, tmp_path / "run", quantize="nf4", precision="bf16"), train_rows=chat.pairs(12))
+    assert result.record.held_out_after["loss"] < result.record.held_out_before["loss"]
+    assert result.model.get_base_model().model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+    assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_without_it_the_base_is_in_full_precision(tiny: Path, tmp_path: Path) -> None:
     result = train(config(tiny, tmp_path / "run", max_steps=1), train_rows=chat.pairs(12))
     assert result.record.quantize is None
