@@ -256,7 +256,8 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
         evidence=all(target.slot.evidence() is not None for target in selection.targets),
     )
     names = Names(target.slot for target in selection.targets)
-    problems += tied_in_file({path: PREFIX + names.wrapper(path) for path in names.owners}, selection, left, PREFIX)
+    heads = {path: PREFIX + names.wrapper(path) for path in names.owners}
+    left.problems += tied_in_file(heads, selection, left.tensors, PREFIX)
     factors = {
         target.slot.path: {
             key: take(f"{names.wrapper(target.slot.path)}.{spec.file_key or key}", spec.shape)
