@@ -1,6 +1,6 @@
 """Write the reference pages from the code: the command line from its commands, the configs from their fields.
 
-python docs/generate.py            # write docs/reference/*.md
+python docs/generate.py            # write docs/reference/*.md and the table in README.md
 python docs/generate.py --check    # fail when a page is not what the code says
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 from typing import Any, Literal, Union
 
-REFERENCE = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parent.parent
 HEADER = "<!-- Written by docs/generate.py; change the code it is made from, then run `make docs`. -->\n\n"
 
 
@@ -26,21 +26,21 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is out of date")
     check = parser.parse_args().check
     stale = False
-    for name, page in PAGES.items():
-        path = REFERENCE / name
-        wanted = HEADER + page().rstrip() + "\n"
+    for name, made in PAGES.items():
+        path = ROOT / name
+        wanted = made()
         found = path.read_text(encoding="utf-8") if path.exists() else ""
         if found == wanted:
             continue
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted, encoding="utf-8")
-            print(f"wrote docs/reference/{name}")
+            print(f"wrote {name}")
             continue
         stale = True
         difference = difflib.unified_diff(found.splitlines(), wanted.splitlines(), name, "from the code", lineterm="")
         print("\n".join(list(difference)[:40]))
-        print(f"docs/reference/{name} is out of date; run `make docs`.", file=sys.stderr)
+        print(f"{name} is out of date; run `make docs`.", file=sys.stderr)
     return int(stale)
 
 
@@ -207,7 +207,55 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "config.md": config_page}
+# What goes onto what
+
+
+def variants_table(*, with_reasons: bool) -> str:
+    """Which variant can be on which base, found by adapting the modules of the contract suite."""
+    sys.path.insert(0, str(ROOT))
+    from tests.contract.table import rows
+
+    headings, cells, reasons = rows()
+    if not with_reasons:
+        return table(headings, [[cell.partition(" (")[0] for cell in row] for row in cells])
+    listed = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{table(headings, cells)}\n\nThe numbers stand for what veneer says:\n\n{listed}"
+
+
+def variants_page() -> str:
+    """Every variant on every base."""
+    return "\n\n".join(
+        [
+            "# What goes onto what",
+            "Every variant was put onto every kind of module to write this table. A combination that is refused is "
+            "refused before the model is touched.",
+            variants_table(with_reasons=True),
+        ]
+    )
+
+
+def readme() -> str:
+    """The README with its generated part as it should be."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        return text
+    return f"{before}{start}\n\n{variants_table(with_reasons=False)}\n\n{end}{after}"
+
+
+START, END = "<!-- variants: written by docs/generate.py -->", "<!-- end of variants -->"
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/reference/cli.md": lambda: page(cli_page),
+    "docs/reference/config.md": lambda: page(config_page),
+    "docs/reference/variants.md": lambda: page(variants_page),
+    "README.md": readme,
+}
+
+
+def page(made: Callable[[], str]) -> str:
+    """A reference page whole."""
+    return HEADER + made().rstrip() + "\n"
 
 
 if __name__ == "__main__":

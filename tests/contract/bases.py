@@ -77,7 +77,9 @@ def _conv(dimensions: int, **options: Any) -> BaseCase:
         # In the layer's own words, so that only W is another: the padding is tested against torch in test_conv.py.
         return conv._conv_forward(x, W_OI.view(W_OI.shape[0], 2, *_KERNEL[:dimensions]), bias)
 
-    return BaseCase(module, lambda: torch.randn(2, 2 * options.get("groups", 1), *sizes), plain=plain)
+    # The rank of a grouped convolution is a multiple of its groups.
+    fields = {"r": options["groups"]} if "groups" in options else {}
+    return BaseCase(module, lambda: torch.randn(2, 2 * options.get("groups", 1), *sizes), plain=plain, fields=fields)
 
 
 def _four_bits(kind: str, nested: bool) -> Callable[[nn.Module], nn.Module]:

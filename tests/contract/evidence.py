@@ -38,8 +38,11 @@ def prepare(model: nn.Module, config: Any, inputs: Callable[[], Tensor]) -> None
         return
     if config.init not in GATHER:
         pytest.fail(f"inits/{config.init}.py is new and needs evidence: give it an entry in GATHER of {__file__}.")
+    slot = ModuleIndex(model).slots["layer"]
+    if slot.kind is None:
+        pytest.skip("Nothing is gathered of a bare parameter.")
     with torch.random.fork_rng():
         torch.manual_seed(17)
         batches = [inputs() for _ in range(3)]
-    _, dtype = view(ModuleIndex(model).slots["layer"]).placement()
+    _, dtype = view(slot).placement()
     GATHER[config.init](model, config, [x.to(dtype) if x.is_floating_point() else x for x in batches])

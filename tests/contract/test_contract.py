@@ -68,10 +68,22 @@ def base_model(base: str, case: str, dtype: torch.dtype) -> tuple[Holder, Tensor
     return model, x.to(dtype) if x.is_floating_point() else x, found
 
 
+def fitted(config: Any, case: BaseCase) -> Any:
+    """The config with what a case needs; AdaLoRA's rank has another name.
+
+    Raises:
+        ConfigError: this kind of config has no such field.
+    """
+    needed = dict(case.fields)
+    if "r" in needed and hasattr(config, "init_r"):
+        needed["init_r"] = needed.pop("r")
+    return replace(config, **needed)
+
+
 def adapt(model: nn.Module, config: Any, *names: str) -> veneer.PeftModel:
     """Adapt, or skip a combination that the variant refuses, which it must do before it touches anything."""
     try:
-        config = replace(config, **model.case.fields)
+        config = fitted(config, model.case)
         prepare(model, config, model.case.inputs)
         adapted = veneer.get_peft_model(model, config, names[0] if names else "default")
     except ConfigError as refusal:
@@ -89,7 +101,7 @@ def refusal(variant: str, base: str, case: str) -> str | None:
         return None  # its tests fail and say what is missing
     model, _, _ = base_model(base, case, torch.float32)
     try:
-        veneer.get_peft_model(model, config(variant))
+        veneer.get_peft_model(model, fitted(config(variant), model.case))
     except ConfigError as refused:
         assert type(model.layer).__name__ != "AdaptedLayer"
         return str(refused)
@@ -190,7 +202,7 @@ def test_each_variant_is_selected_by_its_own_config() -> None:
 
 def test_refusals_are_sentences() -> None:
     reasons = {refusal(variant, base, case) for variant in VARIANTS for base, case in all_cases(None)} - {None}
-    assert all(reason.endswith(".") and "\n" not in reason for reason in reasons)
+    assert all(reason.endswith((".", "?")) and "\n" not in reason for reason in reasons)
 
 
 @started_combinations
