@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Below this size, or for a larger share of all triplets, the whole decomposition is as fast.
-_SMALL, _SHARE = 512, 8
+_SMALL, _SHARE = 384, 8
 
 # Rounding leaves residuals of about three times the dtype's epsilon, relative to the largest singular value.
 _FLOOR = 4
