@@ -78,7 +78,8 @@ class Replication:
                 if parameter is None:
                     continue
                 if id(parameter) in seen:
-                    module._parameters[leaf] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                    # As itself: a quantised weight is more than its values.
+                    module._parameters[leaf] = copy.deepcopy(parameter)
                 seen.add(id(parameter))
 
     def _count(self, layers: int, types: Any) -> None:
