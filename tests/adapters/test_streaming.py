@@ -1,4 +1,4 @@
-"""Merging file by file: every tensor is that of the merge in memory, and one file's tensors are all that is held."""
+"""Merging tensor by tensor: every tensor is that of the merge in memory, and one tensor is all that is held."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def prepared(base: Path, adapters: Iterable[Path], kind: str, *, dtype: str = "a
 def streamed(
     base: Path, adapters: Iterable[Path], folder: Path, kind: str, *, dtype: str = "auto"
 ) -> dict[str, Tensor]:
-    """The tensors that a merge file by file leaves."""
+    """The tensors that a merge tensor by tensor leaves."""
     merge = prepared(base, adapters, kind, dtype=dtype)
     merge.write(folder)
     save_configs(merge.adapted.model, folder)
@@ -111,7 +111,7 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
 
 
 def compare(tmp_path: Path, base: Path, adapters: list[Path], kind: str, *, dtype: str = "auto") -> None:
-    """Both merges give the same tensors and configs, and the one file by file changed more than nothing."""
+    """Both merges give the same tensors and configs, and the one tensor by tensor changed more than nothing."""
     wanted = in_memory(base, adapters, tmp_path / "memory", kind, dtype=dtype)
     found = streamed(base, adapters, tmp_path / "streamed", kind, dtype=dtype)
     assert_same(found, wanted)
@@ -248,24 +248,27 @@ def test_embeddings_that_the_adapter_brings(tmp_path: Path) -> None:
         compare(tmp_path, base, [tmp_path / "adapter"], "llama")
 
 
-def test_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(tmp_path / "base", "llama")
     merge = prepared(base, [trained(base, tmp_path / "adapter", "llama", target_modules="all-linear")], "llama")
-    given: list[tuple[str, weakref.ref[Tensor]]] = []
+    given: list[weakref.ref[Tensor]] = []
     together: list[int] = []
+    files_open: list[int] = [0]
     real = streaming._opened
 
     class Watched:
-        """A weight file that remembers the tensors it gave, and how many files' tensors were alive at each."""
+        """A weight file that counts how many of the tensors it gave are alive when it is asked for the next."""
 
         def __init__(self, path: Path) -> None:
-            self.path, self.file = path, real(path)
+            self.file = real(path)
 
         def __enter__(self) -> Watched:
+            files_open.append(files_open[-1] + 1)
             self.file.__enter__()
             return self
 
         def __exit__(self, *error: Any) -> None:
+            files_open.append(files_open[-1] - 1)
             self.file.__exit__(*error)
 
         def metadata(self) -> Any:
@@ -273,8 +276,8 @@ def test_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
         def get_tensor(self, key: str) -> Tensor:
             tensor = self.file.get_tensor(key)
-            given.append((self.path.name, weakref.ref(tensor)))
-            together.append(len({name for name, alive in given if alive() is not None}))
+            given.append(weakref.ref(tensor))
+            together.append(sum(alive() is not None for alive in given))
             return tensor
 
     monkeypatch.setattr(streaming, "_opened", Watched)
@@ -283,26 +286,39 @@ def test_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         merge.write(tmp_path / "merged")
     finally:
         gc.enable()
-    assert len({name for name, _ in given}) > 5
+    assert len(given) == len(tensors(base))
     assert max(together) == 1
-    assert all(alive() is None for _, alive in given)
+    assert max(files_open) == 1
+    assert all(alive() is None for alive in given)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = saved(tmp_path / "base", "llama")
     merge = prepared(base, [trained(base, tmp_path / "adapter", "llama")], "llama")
-    real, written = streaming.write_tensors, []
+    real, written = streaming.write_one_by_one, []
 
-    def filling(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def filling(path: Path, *rest: Any) -> None:
         if len(written) == 2:
             raise OSError(28, "No space left on device")
         written.append(path)
-        real(tensors, path, metadata)
+        real(path, *rest)
 
-    monkeypatch.setattr(streaming, "write_tensors", filling)
+    monkeypatch.setattr(streaming, "write_one_by_one", filling)
     with pytest.raises(DiskError, match="No space left on device"):
         merge.write(tmp_path / "merged")
     assert len(list((tmp_path / "merged").iterdir())) == 2
+
+
+def test_a_weight_that_is_computed_is_not_in_the_files(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", "llama")
+    adapter = trained(base, tmp_path / "adapter", "llama", target_modules=["q_proj"])
+    empty = skeleton(base, auto_class=AUTO["llama"])
+    found = shards(empty, weight_files(base))
+    merge = streaming.StreamingMerge(empty, {"a": files.read(adapter)}, found)
+    layer = next(iter(merge.adapted.layers.values()))
+    layer.leaf = "other"
+    with pytest.raises(NotStreamableError, match=r"the weight of 'model.layers.0.self_attn.q_proj' is computed"):
+        merge._check_complete()
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -360,7 +376,7 @@ def test_parameters_that_the_files_do_not_hold(tmp_path: Path) -> None:
     adapter = trained(base, tmp_path / "adapter", "llama")
     empty = skeleton(base, auto_class=AUTO["llama"])
     found = shards(empty, weight_files(base))
-    with pytest.raises(NotStreamableError, match=r"go file by file: the files hold no "):
+    with pytest.raises(NotStreamableError, match=r"go tensor by tensor: the files hold no "):
         streaming.StreamingMerge(empty, {"a": files.read(adapter)}, found[1:])
 
 

@@ -121,7 +121,9 @@ def test_files_that_are_not_the_models_parameters_are_merged_in_memory(
     models.randomise(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     with (
-        pytest.warns(UserWarning, match=r"file by file: transformers converts .* The whole model is loaded instead"),
+        pytest.warns(
+            UserWarning, match=r"tensor by tensor: transformers converts .* The whole model is loaded instead"
+        ),
         pytest.warns(UserWarning, match="no tokenizer"),
     ):
         report = verb.merge_into_folder(

@@ -73,7 +73,7 @@ def test_a_merge_and_facts() -> None:
     text = shown(tables.merge_table(report, "./out"))
     assert "a, b" in text
     assert "0.025" in text
-    assert "one weight file at a time" in text
+    assert "one tensor at a time" in text
     assert "2.5 GB" in text
     assert "verified" not in text
     text = shown(tables.merge_table(MergeReport(("a",), 8, "float32", None, None, False, 0), "./out"))

@@ -1,4 +1,4 @@
-"""Merge adapters into a checkpoint file by file, so that the tensors of one file are all that memory holds.
+"""Merge adapters into a checkpoint tensor by tensor: that one tensor and the adapters are all that memory holds.
 
 The model is on the meta device: modules, shapes and dtypes without values. Each tensor of a file is lent to the module
 that it belongs to and merged there by the code that merges a loaded model, so the result is the same bit for bit.
@@ -7,8 +7,9 @@ that it belongs to and merged there by the code that merges a loaded model, so t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, final
 
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.embeddings import same_values
-from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base, write_tensors
+from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.lifecycle import activate
 from veneer.adapters.loading import place, warn_of_own
 from veneer.adapters.merge import check_place, mark_untied, merged_bias, untied_by
+from veneer.adapters.tensorfile import in_order, write_one_by_one
 from veneer.core import registry
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.disk import write_text, write_whole
@@ -94,16 +96,14 @@ class StreamingMerge:
             MergeError: a merged tensor has values that are not finite.
         """
         weight_map: dict[str, str] = {}
-        size = count = 0
-        for number, shard in enumerate(self.shards):
-            metadata, tensors = self._merged(shard, last=number == len(self.shards) - 1)
-            _write(folder / shard.path.name, tensors, metadata)
-            weight_map.update(dict.fromkeys(tensors, shard.path.name))
-            size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            count += sum(tensor.numel() for tensor in tensors.values())
-            del tensors
+        for shard in self.shards:
+            weight_map.update(dict.fromkeys(self._write(shard, folder / shard.path.name), shard.path.name))
         if len(self.shards) > 1:
-            totals = {"total_parameters": count, "total_size": size}
+            like = [self._like(name) for name in weight_map]
+            totals = {
+                "total_parameters": sum(tensor.numel() for tensor in like),
+                "total_size": sum(tensor.numel() * tensor.element_size() for tensor in like),
+            }
             text = json.dumps({"metadata": totals, "weight_map": weight_map}, indent=2, sort_keys=True)
             write_text(folder / INDEX_NAME, text + "\n")
         if self.unties:
@@ -113,27 +113,43 @@ class StreamingMerge:
         """A parameter of the base, as it is in its file."""
         names = self.tied.get(name, (name,))
         path, key = next((s.path, key) for s in self.shards for key, there in s.names.items() if there in names)
-        with _opened(path) as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor
+        return _tensor(path, key)
 
-    def _merged(self, shard: Shard, *, last: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """The tensors of one merged file by name, and what its header says."""
-        found: dict[str, Tensor] = {}
-        with _opened(shard.path) as file, torch.no_grad():
-            for key, name in shard.names.items():
-                W = self._dressed(name, file.get_tensor(key))
-                for same in self.tied.get(name, (name,)) if self.unties else (name,):
-                    found[same] = self._final(same, W)
+    def _write(self, shard: Shard, path: Path) -> list[str]:
+        """Write one merged file; the names of its tensors."""
+        homes: dict[str, str | None] = {}
+        for key, name in shard.names.items():
+            homes |= dict.fromkeys(self.tied.get(name, (name,)) if self.unties else (name,), key)
+        if shard is self.shards[-1]:
+            homes |= dict.fromkeys(self.added, None)
+        like = {name: self._like(name) for name in homes}
+        like = {name: like[name] for name in in_order(like)}
+        with _opened(shard.path) as file:
             metadata = {"format": "pt", **(file.metadata() or {})}
-        for name in self.added if last else ():
-            found[name] = self._final(name, torch.empty(0))
-        return metadata, {name: tensor.contiguous() for name, tensor in found.items()}
+
+        def write(beside: Path) -> None:
+            with torch.no_grad():
+                write_one_by_one(beside, like, self._merged(shard, [(name, homes[name]) for name in like]), metadata)
+
+        write_whole(path.parent, {path.name: write})
+        return list(like)
+
+    def _merged(self, shard: Shard, wanted: Sequence[tuple[str, str | None]]) -> Iterator[tuple[str, Tensor]]:
+        """The merged parameters with these names, each made from the tensor that has this key in the file, or none."""
+        for key, several in groupby(wanted, key=lambda pair: pair[1]):
+            W = torch.empty(0) if key is None else self._dressed(shard.names[key], _tensor(shard.path, key))
+            for name, _ in several:
+                yield name, self._final(name, W)
+            del W
+
+    def _like(self, name: str) -> Tensor:
+        """A parameter of the model, without its values."""
+        module, leaf = self.places[name]
+        return _held(module)[leaf]
 
     def _dressed(self, name: str, W: Tensor) -> Tensor:
         """A tensor of the base as the adapters expect it: in the model's dtype, or the one that they bring along."""
-        module, leaf = self.places[name]
-        dtype = _held(module)[leaf].dtype
+        dtype = self._like(name).dtype
         W = W.to(dtype)
         for fitted in self.fitted.values():
             own = [key for key in fitted.embeddings if key in self.tied.get(name, (name,))]
@@ -148,7 +164,7 @@ class StreamingMerge:
         """A parameter of the merged model, made from that of the base."""
         module, leaf = self.places[name]
         if name in self.whole:
-            return self.whole[name].to(_held(module)[leaf].dtype)
+            return self.whole[name].to(self._like(name).dtype)
         layer = self.layers.get((module, leaf))
         if layer is None:
             return self.adapted.tokens.written(module, leaf, W)
@@ -185,13 +201,17 @@ class StreamingMerge:
                 raise NotStreamableError(f"the files hold {listed(there)}, which are one parameter of the model")
             if there:
                 held.update(group)
+        in_order({name: self._like(name) for name in self.places})
         missing = sorted(self.places.keys() - held - self.whole.keys())
         if missing:
             raise NotStreamableError(f"the files hold no {listed(missing, most=3)}")
         empty = sorted(path for path, layer in self.adapted.layers.items() if _without_values(layer, self.names))
         if empty:
             raise NotStreamableError(f"the adapter's tensors on {listed(empty, most=3)} are made from the base's")
-        for layer in self.adapted.layers.values():
+        written = {(id(module), leaf) for module, leaf in self.places.values()}
+        for path, layer in self.adapted.layers.items():
+            if (id(layer.get_base_layer()), layer.leaf) not in written:
+                raise NotStreamableError(f"the weight of {path!r} is computed from what the files hold")
             here = [name for name in self.names if name in layer.specs]
             for name in here:
                 check_place(layer, name)
@@ -241,12 +261,15 @@ def _tied(places: Mapping[str, tuple[nn.Module, str]]) -> dict[str, tuple[str, .
     }
 
 
+def _tensor(path: Path, key: str) -> Tensor:
+    # Opened for each tensor: what stays open keeps all that was read of the file in memory.
+    with _opened(path) as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{str(path)!r} is not a complete safetensors file: {error}.") from None
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_whole(path.parent, {path.name: lambda beside: write_tensors(tensors, beside, metadata)})

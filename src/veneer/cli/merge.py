@@ -59,8 +59,8 @@ def merge(
 ) -> MergeReport:
     """Merge adapters into their base model and write it as a plain transformers model.
 
-    The base's weight files are merged one by one: memory holds one of them and the adapters, however large the
-    model is. A checkpoint that transformers converts when it loads it, or one in another format, is loaded whole.
+    The base is merged tensor by tensor: memory holds the largest tensor and the adapters, however large the model
+    is. A checkpoint that transformers converts when it loads it, or one in another format, is loaded whole.
 
     To verify, base and merged model are loaded whole, one after the other, and their logits compared. If they differ
     by more than rounding, the merge fails and nothing is left. An --into that rounds by design is only measured.
@@ -140,7 +140,7 @@ class _Job:
         return self.into != "requantised" and self.quantisation != "int8"
 
     def streaming(self) -> StreamingMerge | None:
-        """The merge of this checkpoint file by file; None, and a note, when it cannot go so."""
+        """The merge of this checkpoint tensor by tensor; None, and a note, when it cannot go so."""
         from veneer.adapters import files
         from veneer.adapters.streaming import StreamingMerge
         from veneer.tasks.shards import shards, skeleton, weight_files

@@ -35,7 +35,7 @@ class NotStreamableError(UsageError):
     """A merge that needs the whole model in memory, for the given reason."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"This merge cannot go file by file: {reason}.")
+        super().__init__(f"This merge cannot go tensor by tensor: {reason}.")
 
 
 class AdapterFileError(VeneerError, ValueError):

@@ -114,7 +114,7 @@ class MergeReport:
     logit_scale: float | None
     """The largest absolute output, to judge the difference by; None when the outputs were not compared."""
     streamed: bool
-    """Whether the weights were merged file by file, instead of in one loaded model."""
+    """Whether the weights were merged tensor by tensor, instead of in one loaded model."""
     peak_memory: int
     """The most memory held, in bytes, loading the two models to compare included."""
     into: str = "full"

@@ -124,7 +124,7 @@ def merge_table(report: MergeReport, output: str) -> Table:
         rows["largest logit"] = f"{report.logit_scale:.3g}"
         share = report.max_logit_difference / report.logit_scale if report.logit_scale else 0.0
         rows["relative"] = f"{share:.2g}"
-    rows["held in memory"] = "one weight file at a time" if report.streamed else "the whole model"
+    rows["held in memory"] = "one tensor at a time" if report.streamed else "the whole model"
     rows["most memory"] = megabytes(report.peak_memory)
     return facts({**rows, "written to": output})
 
