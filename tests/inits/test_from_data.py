@@ -439,3 +439,20 @@ def test_evidence_of_an_adapted_model_is_that_of_its_base() -> None:
     for path, layer in alone.base_model.layers.items():
         for key, tensor in layer.tensors("default").items():
             assert torch.equal(model.base_model.layers[path].tensors("second")[key], tensor)
+
+
+def test_directions_that_never_settle_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veneer.adapters.eva_search.PASSES", 2)
+    config = veneer.LoraConfig(**fields("eva", eva_config={"tau": 1.0}))
+    with pytest.raises(UsageError, match="did not settle in 2 passes"):
+        veneer.get_eva_state_dict(models.make("llama"), BATCHES, config)
+
+
+def test_progress_is_shown_on_a_terminal_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = veneer.LoraConfig(**fields("eva"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for show in (False, True):
+        veneer.get_eva_state_dict(models.make("llama"), BATCHES, config, show_progress_bar=show)
+        assert ("inputs settled" in capsys.readouterr().err) == show

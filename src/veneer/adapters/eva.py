@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.eva_search import PASSES, LayerInputs, Search, again_and_again, moved_to
-from veneer.adapters.evidence import adapted_of, bare, leave, selected, watching
+from veneer.adapters.eva_search import LayerInputs, Search
+from veneer.adapters.evidence import adapted_of, bare, leave, selected
 from veneer.adapters.index import ModuleIndex, view
 from veneer.adapters.inject import inject
 from veneer.adapters.lifecycle import activate, remove
@@ -101,32 +101,18 @@ def get_eva_state_dict(
     selection = selected(model, peft_config, "eva")
     prefix = "" if adapted is None else PREFIX
     search = Search(selection, prefix, prepare_layer_inputs_fn, gather_distributed_inputs)
-    progress = show_progress_bar and sys.stderr.isatty()
     was_training = model.training
     model.eval()
     try:
         with bare(model):
-            for batch in again_and_again(dataloader):
-                moved = moved_to(batch, search.device)
-                search.context = (
-                    moved if prepare_model_inputs_fn is None else prepare_model_inputs_fn(moved, selection.config)
-                )
-                with watching(search.open_modules(), search.see):
-                    forward_fn(model, moved)
-                done = search.settle()
-                if progress:
-                    print(f"\rEVA: {done} of {len(search.watches)} inputs settled", end="", file=sys.stderr, flush=True)
-                if done == len(search.watches):
-                    break
-            else:
-                raise UsageError(
-                    f"EVA's directions did not settle in {PASSES} passes over the data; give more data, a lower tau, "
-                    f"or batches with more tokens that count (at least {search.needed()} rows)."
-                )
+            search.run(
+                dataloader,
+                lambda batch: forward_fn(model, batch),
+                lambda batch: prepare_model_inputs_fn(batch, selection.config) if prepare_model_inputs_fn else batch,
+                progress=show_progress_bar and sys.stderr.isatty(),
+            )
     finally:
         model.train(was_training)
-        if progress:
-            print(file=sys.stderr)
     return search.result()
 
 

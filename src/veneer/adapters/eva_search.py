@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from veneer.adapters.evidence import Latest
+from veneer.adapters.evidence import Latest, watching
 from veneer.adapters.index import view
 from veneer.adapters.targets import Selection, Target
 from veneer.core.config import LowRankConfig
@@ -74,6 +75,44 @@ class Search:
         for name, target in self.targets.items():
             self.most[name] = min(self.most[name], *view(target.slot).shape())
         self.ranks: dict[str, int] = {}
+
+    def run(
+        self,
+        dataloader: Iterable[Any],
+        forward: Callable[[Any], object],
+        prepare: Callable[[Any], Any],
+        *,
+        progress: bool,
+    ) -> None:
+        """Go through the batches, again and again, until every direction that a rank is given to has settled.
+
+        Args:
+            dataloader: the batches.
+            forward: runs the model on one.
+            prepare: makes of a batch what the rows of its layers are chosen by.
+            progress: whether to say on standard error how far it is.
+
+        Raises:
+            UsageError: no batches, or directions that do not settle.
+        """
+        try:
+            for batch in again_and_again(dataloader):
+                moved = moved_to(batch, self.device)
+                self.context = prepare(moved)
+                with watching(self.open_modules(), self.see):
+                    forward(moved)
+                done = self.settle()
+                if progress:
+                    print(f"\rEVA: {done} of {len(self.watches)} inputs settled", end="", file=sys.stderr, flush=True)
+                if done == len(self.watches):
+                    return
+        finally:
+            if progress:
+                print(file=sys.stderr)
+        raise UsageError(
+            f"EVA's directions did not settle in {PASSES} passes over the data; give more data, a lower tau or "
+            f"batches with more tokens that count (at least {self.needed()})."
+        )
 
     def needed(self) -> int:
         """How many rows a batch should have."""

@@ -248,13 +248,7 @@ def fit(adapted: AdaptedModel, files: AdapterFiles) -> Fitted:
     adapted.refuse_overlap([target.slot.path for target in selection.targets], [s.path for s in selection.saved])
     left = _Left(files.tensors)
     take = left.take
-    remade = made_again(
-        files.source,
-        files.tensors,
-        selection.config,
-        names={name for target in selection.targets for name in target.on_disk()},
-        evidence=all(target.slot.evidence() is not None for target in selection.targets),
-    )
+    remade = made_again(files.source, files.tensors, selection.config, selection.targets)
     names = Names(target.slot for target in selection.targets)
     heads = {path: PREFIX + names.wrapper(path) for path in names.owners}
     left.problems += tied_in_file(heads, selection, left.tensors, PREFIX)

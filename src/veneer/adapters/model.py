@@ -231,10 +231,8 @@ class PeftModel(nn.Module):
             selected_adapters: names to save, all when None.
             save_embedding_layers: also write the base's embeddings; "auto" when the vocabulary was resized.
             is_main_process: other processes of a distributed run write nothing.
-            path_initial_model_for_weight_conversion: PEFT's way to say ``as_plain_lora=True``. The folder is not
-                needed or read: what an adapter started from is kept beside what it learned.
-            as_plain_lora: write adapters that started from a part of W (PiSSA, OLoRA, CorDA, LoRA-GA) as LoRA of W
-                itself, at twice the rank, for programs that know nothing of starts; see ``save_as_lora``.
+            path_initial_model_for_weight_conversion: PEFT's word for ``as_plain_lora``; the folder is not needed.
+            as_plain_lora: write what started from a part of W (PiSSA and its kind) as LoRA of W, at twice the rank.
             state_dict: the gathered state dict of a sharded model.
             tokenizer: anything with ``save_pretrained``, saved beside the adapter.
             figures: lines for the model card.

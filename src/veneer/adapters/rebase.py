@@ -8,9 +8,9 @@ on one model, and none of it needs a second copy of W.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from veneer.core.config import TunerConfig
 from veneer.core.errors import AdapterFileError
 from veneer.core.init import AbstractInit
 from veneer.core.variant import ParameterSpec
+
+if TYPE_CHECKING:
+    from veneer.adapters.target import Target
 
 _INITIAL = "initial_"
 
@@ -52,26 +55,23 @@ def frozen_specs(
     return {name: replace(specs[name], trainable=False)}
 
 
-def made_again(
-    source: str, tensors: Iterable[str], config: TunerConfig, *, names: Iterable[str], evidence: bool
-) -> set[str]:
+def made_again(source: str, tensors: Iterable[str], config: TunerConfig, targets: Sequence[Target]) -> set[str]:
     """Which frozen factors of a start a file leaves out, as PEFT's files do: PEFT computes them from W at every load.
 
     Args:
         source: the file, for the message.
         tensors: the keys of its tensors.
         config: the adapter's config.
-        names: all tensors that its layers have.
-        evidence: whether data was gathered for the start on every layer.
+        targets: its layers.
 
     Raises:
         AdapterFileError: they are not in the file, and cannot be known without it.
     """
     init: type[AbstractInit] = registry.load("inits", config.init).Init
-    wanted = {name for name in names if name.startswith(_INITIAL)}
+    wanted = {name for target in targets for name in target.on_disk() if name.startswith(_INITIAL)}
     if not wanted or any(key.endswith(tuple(f".{name}" for name in wanted)) for key in tensors):
         return set()
-    if init.repeatable or (init.evidence and evidence):
+    if init.repeatable or (init.evidence and all(target.slot.evidence() is not None for target in targets)):
         return wanted
     if init.evidence:
         origin, way = "data", "gather its data again on this model first"
