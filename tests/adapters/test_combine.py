@@ -79,6 +79,10 @@ def density_for(kind: str) -> float | None:
 # Against PEFT
 
 
+LOSSY = pytest.mark.filterwarnings("ignore:At the rank of its adapters")
+
+
+@LOSSY
 @pytest.mark.parametrize("majority", ["total", "frequency"])
 @pytest.mark.parametrize("combination", [kind for kind in TYPES if "dare" not in kind])
 @pytest.mark.parametrize("model_kind", ["llama", "gpt2"])
@@ -128,6 +132,7 @@ def test_clamping_is_pefts(clamp: float, tmp_path: Path) -> None:
         )
 
 
+@LOSSY
 @pytest.mark.parametrize("combination", [kind for kind in TYPES if "dare" in kind])
 def test_what_is_drawn_comes_from_torchs_generator(combination: str) -> None:
     model = made("llama", {}, {})
@@ -199,6 +204,13 @@ def test_a_truncated_sum_is_the_best_of_its_rank_and_says_what_it_keeps() -> Non
     assert report["model.layers.0.mlp.down_proj"].r == 2
 
 
+def test_a_rank_that_nobody_chose_says_what_it_loses() -> None:
+    model = made("llama", {}, {})
+    with pytest.warns(UserWarning, match=r"'svd' keeps \d\d\.\d% of the energy of what they are together"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "chosen", svd_rank=3)
+
+
 def test_linear_adds_up_factors_and_not_updates() -> None:
     model = made("llama", {"lora_alpha": 3}, {"lora_alpha": 9})
     model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "new", "linear")
@@ -216,6 +228,7 @@ def test_one_adapter_is_weighted(kind: str, weight: float) -> None:
     assert_updates(updates(model, "new"), expected(model, "a", [weight]))
 
 
+@LOSSY
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd", "magnitude_prune", "magnitude_prune_svd"])
 def test_biases_of_b(combination: str) -> None:
     model = made(
@@ -433,6 +446,7 @@ def test_starts_cannot_be_added_up_by_their_factors() -> None:
         model.add_weighted_adapter(["a"], [0.5], "new", "linear")
 
 
+@LOSSY
 @pytest.mark.parametrize("combination", TYPES)
 def test_activated_adapters_stay_activated(combination: str) -> None:
     model = made("llama", {"alora_invocation_tokens": [5, 6]}, {"alora_invocation_tokens": [5, 6]}, {})

@@ -38,6 +38,7 @@ from veneer.core.errors import UsageError, listed
 from veneer.core.records import ApproximatedLayer
 
 _DRIVERS = ("gesvd", "gesvdj", "gesvda")
+_ENOUGH = 0.99
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def add_weighted_adapter(
         weights: a weight each; it may be negative.
         adapter_name: the new adapter's name.
         combination_type: one of ``TYPES``, see this module.
-        svd_rank: the rank of the new adapter; by default the largest of the adapters' on each layer.
+        svd_rank: the rank of the new adapter; by default the largest of the adapters' on each layer, with a warning
+            when that loses more than a hundredth of the energy.
         svd_clamp: clamp the values of the factors, above and below, at this quantile of theirs.
         svd_full_matrices: accepted as PEFT's option; it does not change the result.
         svd_driver: accepted as PEFT's option; the SVD is one of a small matrix.
@@ -190,7 +192,21 @@ def _combined(
         report.append(record)
     config = _new_config(adapted, adapters, {record.path: record.r for record in report})
     _inject(adapted, name, config, found, None)
+    if recipe.rank is None:
+        _warn_of_loss(recipe.kind, report)
     return tuple(report)
+
+
+def _warn_of_loss(kind: str, report: Sequence[ApproximatedLayer]) -> None:
+    """A rank that nobody chose should not lose anything unsaid."""
+    energy = sum((record.norm or 0.0) ** 2 for record in report)
+    kept = sum((record.norm or 0.0) ** 2 * record.kept for record in report) / energy if energy else 1.0
+    if kept < _ENOUGH:
+        warnings.warn(
+            f"At the rank of its adapters, {kind!r} keeps {kept:.1%} of the energy of what they are together; give a "
+            "higher svd_rank, or combine them with cat.",
+            stacklevel=4,
+        )
 
 
 def _factors(layer: AdaptedLayer, name: str) -> Factors | None:
