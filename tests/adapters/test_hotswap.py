@@ -150,11 +150,12 @@ def test_a_prepared_adapter_learns(folders: dict[str, Path]) -> None:
         torch.testing.assert_close(here[name], right[name], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "conv1d", "bias"])
+@pytest.mark.parametrize("kind", ["embedding", "conv1d", "bias", "start"])
 def test_other_layers_biases_and_starts(kind: str, tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "embedding": {"target_modules": ["wpe", "c_fc"]},
         "conv1d": {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]},
+        "start": {"target_modules": ["c_attn"], "init_lora_weights": "pissa"},
         "bias": {"target_modules": ["c_attn"], "lora_bias": True, "bias": "lora_only"},
     }[kind]
     for name, r in (("a", 4), ("b", 2)):
@@ -203,7 +204,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(folders: dict[str, Pat
     refused(model, "no adapter 'x'", folders["same"], "x")
     refused(model, r"rank 8 on .* room for 4.*target_rank=8", folders["larger"])
     refused(model, "is on .*down_proj, where 'default' is not", folders["other"])
-    for number, fields in enumerate(({"lora_bias": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]})):
+    for number, fields in enumerate(
+        ({"lora_bias": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]})
+    ):
         folder = tmp_path / str(number)
         get_peft_model(models.make("llama"), LoraConfig(**CONFIGS["same"], **fields)).save_pretrained(folder)
         refused(model, "of another kind|other whole modules", folder)
