@@ -28,6 +28,7 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.arithmetic import MajoritySign, Recipe, recipe_for
 from veneer.adapters.inject import check_name, inject
 from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.layouts import check_pairs
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.lowrank import Spectrum, spectrum_of, spectrum_of_product
 from veneer.adapters.merge import merged_names
@@ -96,6 +97,7 @@ def add_weighted_adapter(
         raise UsageError(f"svd_full_matrices is {svd_full_matrices!r}; expected true or false.")
     recipe = recipe_for(combination_type, svd_rank, svd_clamp, density, majority_sign_method, len(adapters))
     _check_whole(adapted, adapters)
+    check_pairs(adapted, adapters, "add_weighted_adapter")
     with torch.no_grad():
         if recipe.exact and list(weights) == [1]:
             report = _copy(adapted, adapters[0], adapter_name)

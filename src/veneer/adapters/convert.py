@@ -25,6 +25,7 @@ from veneer.adapters.derived import write
 from veneer.adapters.files import FINGERPRINT, PREFIX, AdapterFiles, adapter_state
 from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.layer import AdaptedLayer
+from veneer.adapters.layouts import check_pairs
 from veneer.adapters.lowrank import Rank, Spectrum, check_rank, missed_by, spectrum_of, spectrum_of_product
 from veneer.adapters.plain import Factors, bias_of, factors_of, plain_config, stored
 from veneer.core.config import LoraConfig, TunerConfig
@@ -80,6 +81,7 @@ def convert(
     if rank is not None:
         check_rank(rank)
     adapted.require(name)
+    check_pairs(adapted, [name], "converting")
     config = adapted.peft_config[name]
     assert isinstance(config, TunerConfig)
     layers = adapted.layers_of(name)

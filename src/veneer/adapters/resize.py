@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.adapters.derived import FileLayer, layers_in
 from veneer.adapters.files import PREFIX, AdapterFiles
+from veneer.adapters.layouts import check_pairs_in_file
 from veneer.adapters.lowrank import Rank, check_rank, spectrum_of_product
 from veneer.adapters.plain import BIAS, plain_config
 from veneer.core.config import LoraConfig
@@ -40,6 +41,7 @@ def resize(files: AdapterFiles, rank: Rank) -> tuple[AdapterFiles, tuple[Approxi
     """
     check_rank(rank)
     config = files.config
+    check_pairs_in_file(config.to_dict(), "resizing")
     layers, rest = layers_in(files)
     assert isinstance(config, LoraConfig)
     tensors: dict[str, Tensor] = dict(rest)
