@@ -36,6 +36,17 @@ def test_step_measures_both_peers(tmp_path: Path) -> None:
     assert float(found["peak memory"]["veneer"]) > 0
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora", "adalora", "vera", "lorafa"])
+def test_variants_measures_both_peers_beside_lora(variant: str, tmp_path: Path) -> None:
+    results = tmp_path / "results.csv"
+    given = ("--tiny", "--variant", variant, "--repeats", "1", "--length", "8", "--results", str(results))
+    done = run("bench_variants.py", *given)
+    assert done.returncode == 0, done.stderr
+    found = [(row["case"].rpartition("beside ")[2], row["metric"]) for row in rows(results)]
+    others = [f"peft {variant}"] + ([] if variant == "lora" else ["veneer lora"])
+    assert found == [(other, metric) for other in others for metric in ("step time", "peak memory")]
+
+
 def test_inject_measures_both_peers_and_appends(tmp_path: Path) -> None:
     results = tmp_path / "results.csv"
     results.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
@@ -83,7 +94,7 @@ def test_adapters_measures_both_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["bench_adapters.py", "bench_step.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"]
+    "script", ["bench_adapters.py", "bench_step.py", "bench_variants.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"]
 )
 def test_unknown_options_are_refused(script: str) -> None:
     done = run(script, "--sped")
