@@ -94,7 +94,8 @@ def test_adapters_measures_both_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["bench_adapters.py", "bench_step.py", "bench_variants.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"]
+    "script",
+    ["bench_adapters.py", "bench_step.py", "bench_variants.py", "bench_inject.py", "bench_inits.py", "bench_qlora.py"],
 )
 def test_unknown_options_are_refused(script: str) -> None:
     done = run(script, "--sped")
