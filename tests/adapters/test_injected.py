@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -118,6 +120,19 @@ def test_as_pefts_own_functions_read_it(tmp_path: Path) -> None:
     assert (
         get_peft_model_state_dict(torch.compile(back, backend="eager")).keys() == get_peft_model_state_dict(back).keys()
     )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (inject_adapter_in_model, peft.inject_adapter_in_model),
+        (get_peft_model_state_dict, peft.get_peft_model_state_dict),
+        (set_peft_model_state_dict, peft.set_peft_model_state_dict),
+        (cast_mixed_precision_params, peft.cast_mixed_precision_params),
+    ],
+)
+def test_the_arguments_are_pefts(ours: Callable[..., object], theirs: Callable[..., object]) -> None:
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])

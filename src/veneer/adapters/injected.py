@@ -81,6 +81,7 @@ def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
+    unwrap_compiled: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors, keyed as in its file; without PEFT's prefix where the model is no ``PeftModel``.
@@ -89,6 +90,7 @@ def get_peft_model_state_dict(
         model: an adapted model.
         state_dict: the gathered state dict of a sharded model to take values from.
         adapter_name: the adapter.
+        unwrap_compiled: accepted as PEFT's option; a compiled model always counts as the one inside it.
         save_embedding_layers: also give the base's embeddings; "auto" when the vocabulary was resized.
 
     Raises:
