@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests import models
-from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from veneer.adapters import files, streaming
 from veneer.core.errors import (
     AdapterFileError,
@@ -50,10 +50,23 @@ def saved(folder: Path, kind: str, *, size: str = "4KB", dtype: torch.dtype = to
     return folder
 
 
-def trained(base: Path, folder: Path, kind: str, *, seed: int = 11, dtype: str = "auto", **config: Any) -> Path:
+def trained(
+    base: Path,
+    folder: Path,
+    kind: str,
+    *,
+    seed: int = 11,
+    family: type[PeftConfig] = LoraConfig,
+    r: int = 2,
+    **config: Any,
+) -> Path:
     """An adapter that changes the base, with all that it trains beside its factors moved too."""
-    adapted = get_peft_model(load_model(base, auto_class=AUTO[kind], dtype=dtype), LoraConfig(r=2, **config))
+    adapted = get_peft_model(load_model(base, auto_class=AUTO[kind], dtype="auto"), family(r=r, **config))
     models.randomise(adapted, seed=seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "vera_lambda" in name:
+                parameter += 0.5
     with torch.no_grad():
         for parameter in adapted.base_model.biases.values("default").values() if config.get("bias") else ():
             parameter += 0.5
@@ -162,7 +175,12 @@ def test_several_adapters_add_up(tmp_path: Path) -> None:
         ("llama-tied", {"target_modules": ["embed_tokens"]}),
         ("llama-tied", {"target_modules": ["lm_head"]}),
         ("llama-tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+        ("llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
         ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (
+            "llama-tied",
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        ),
         ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
         ("opt", {"target_modules": ["q_proj"], "bias": "lora_only"}),
         ("opt", {"target_modules": ["q_proj", "fc2"], **BIAS}),
@@ -175,6 +193,42 @@ def test_several_adapters_add_up(tmp_path: Path) -> None:
 def test_all_that_an_adapter_may_bring(tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
     base = saved(tmp_path / "base", kind)
     compare(tmp_path, base, [trained(base, tmp_path / "adapter", kind, **config)], kind)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        (LoraConfig, {"use_dora": True}),
+        (LoraConfig, {"use_rslora": True, "alpha_pattern": {"o_proj": 3}, "rank_pattern": {"q_proj": 1}}),
+        (LoraConfig, {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}),
+        (AdaLoraConfig, {"total_step": 10, "r": 8, "init_r": 3, "target_r": 2}),
+        (VeraConfig, {"r": 3}),
+        (VeraConfig, {"r": 3, "save_projection": False}),
+    ],
+)
+def test_every_family(tmp_path: Path, family: type[PeftConfig], config: dict[str, Any], stored: torch.dtype) -> None:
+    base = saved(tmp_path / "base", "llama", dtype=stored)
+    config = {"target_modules": ["q_proj", "o_proj"], **config}
+    compare(tmp_path, base, [trained(base, tmp_path / "adapter", "llama", family=family, **config)], "llama")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
+def test_an_adapter_that_stands_on_another_weight(tmp_path: Path, start: str) -> None:
+    """Whatever such a file can be merged from, the result is that of memory, or the files alone are refused."""
+    base = saved(tmp_path / "base", "llama")
+    config = {"init_lora_weights": start, "target_modules": ["q_proj"]}
+    if start == "loftq":
+        config["loftq_config"] = {"loftq_bits": 4}
+    adapter = trained(base, tmp_path / "adapter", "llama", **config)
+    wanted = in_memory(base, [adapter], tmp_path / "memory", "llama")
+    try:
+        merge = prepared(base, [adapter], "llama")
+    except NotStreamableError as refusal:
+        assert "made from the base's" in str(refusal)  # noqa: PT017
+        return
+    merge.write(tmp_path / "streamed")
+    assert_same(tensors(tmp_path / "streamed"), wanted)
 
 
 def test_a_weight_and_its_bias_in_different_files(tmp_path: Path) -> None:

@@ -115,3 +115,27 @@ def test_configs_are_those_of_save_pretrained(tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((tmp_path / "wanted" / name).read_text())
     assert transformers.AutoConfig.from_pretrained(tmp_path).dtype is torch.bfloat16
+
+
+def test_experts_that_are_stored_apart_and_used_together(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(NotStreamableError, match="converts the tensors of a MixtralForCausalLM"):
+        skeleton(tmp_path, auto_class=CAUSAL)
+
+
+def test_a_model_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(folder / file))
+    assert {path.parent for path in weight_files("someone/model")} == {folder}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: None)
+    with pytest.raises(UsageError, match="someone/model"):
+        weight_files("someone/model")

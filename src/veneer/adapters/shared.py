@@ -72,13 +72,14 @@ def with_shared(
 
 
 def placed(selection: Selection, tensors: Mapping[str, Tensor], dtype_of_adapter: torch.dtype) -> dict[str, Tensor]:
-    """Shared tensors beside the first layer's weight, in the dtype of the adapter.
+    """Shared tensors beside the first layer's weight, in the dtype of the adapter; where they are, beside one on meta.
 
     They are first rounded to the dtype of that weight, as in PEFT, whose files without them count on it.
     """
     if not tensors:
         return {}
-    device, own = view(selection.targets[0].slot).placement()
+    there, own = view(selection.targets[0].slot).placement()
+    device = None if there.type == "meta" else there
     return {key: tensor.to(device=device, dtype=own).to(dtype_of_adapter) for key, tensor in tensors.items()}
 
 
