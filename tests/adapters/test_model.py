@@ -39,10 +39,10 @@ def test_pefts_names_take_pefts_arguments(name: str) -> None:
     if isinstance(theirs, property):
         assert isinstance(ours, property)
         return
-    # Only for features that are not built: other processes' devices, conversions, offloading.
+    # Only for features that are not built: other processes' devices, offloading.
     not_here = {
         *("ephemeral_gpu_offload", "ignore_mismatched_sizes", "key_mapping", "kwargs"),
-        *("path_initial_model_for_weight_conversion", "torch_device", "args"),
+        *("torch_device", "args"),
     }
     wanted = [p for p in inspect.signature(theirs).parameters if p not in not_here]
     mine = inspect.signature(ours).parameters
