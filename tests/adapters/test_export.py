@@ -94,6 +94,11 @@ def test_patterns_with_one_factor_are_fine(tmp_path: Path) -> None:
     assert check.max_lora_rank == 16
 
 
+def test_a_start_is_one_finding(tmp_path: Path) -> None:
+    check = check_vllm(saved(tmp_path, init_lora_weights="pissa", target_modules=["q_proj"]), model_type="llama")
+    assert ["init_lora_weights is 'pissa'" in what for what in problems(check)] == [True]
+
+
 def test_what_resize_writes_has_one_factor(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", rank_pattern={"q_proj": 2, "down_proj": 6}, use_rslora=True)
     assert not check_vllm(folder, model_type="llama").takes_it

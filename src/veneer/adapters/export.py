@@ -172,7 +172,7 @@ def _features(config: Mapping[str, Any]) -> list[Finding]:
             f"{_MERGE}; newer releases do take it with --max-lora-trainable-tokens",
         ),
         f"init_lora_weights is {start!r}, so the adapter stands on changed base weights": (
-            isinstance(start, str) and start.lower() not in _PLAIN_STARTS,
+            _stands_elsewhere(config),
             _CONVERT,
         ),
         "target_modules is missing": (not config.get("target_modules"), "save the adapter again with veneer"),
@@ -182,11 +182,17 @@ def _features(config: Mapping[str, Any]) -> list[Finding]:
     return [Finding(what, do, True) for what, (on, do) in refused.items() if on]
 
 
+def _stands_elsewhere(config: Mapping[str, Any]) -> bool:
+    start = config.get("init_lora_weights", True)
+    return isinstance(start, str) and start.lower() not in _PLAIN_STARTS
+
+
 def _tensors(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[Finding]:
     whole = tuple(f".{name}" for name in config.get("modules_to_save") or ())
     unknown = [key for key in shapes if not key.endswith((*_FACTORS, *_SKIPPED))]
     # Those that come from an option that is refused already need no second line.
     named = any(config.get(option) for option in ("lora_bias", "use_dora", "trainable_token_indices"))
+    named = named or _stands_elsewhere(config)
     unknown = [key for key in unknown if not (named or any(part in key for part in whole))]
     found = []
     if unknown and config.get("bias", "none") == "none":
