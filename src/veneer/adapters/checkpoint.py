@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import safetensors
 from torch import Tensor, nn
 
-from veneer.adapters.streaming import Shard
 from veneer.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of a model."""
+
+    path: Path
+    """A safetensors file."""
+    names: Mapping[str, str]
+    """From the key of a tensor to the name of its parameter; tensors that are not in it are of no use."""
 
 
 @final

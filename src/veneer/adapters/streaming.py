@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, final
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from veneer.adapters.adapted import AdaptedModel
+from veneer.adapters.checkpoint import Shard, lent
 from veneer.adapters.embeddings import same_values
 from veneer.adapters.files import AdapterFiles, Fitted, fit, warn_of_other_base
 from veneer.adapters.layer import AdaptedLayer
@@ -31,16 +31,6 @@ from veneer.core.disk import write_text, write_whole
 from veneer.core.errors import MergeError, NotStreamableError, UsageError, listed
 
 INDEX_NAME = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One weight file of a checkpoint."""
-
-    path: Path
-    """A safetensors file."""
-    names: Mapping[str, str]
-    """From the key of a tensor to the name of its parameter; what is not in it stays out of the merged model."""
 
 
 @final
@@ -179,17 +169,13 @@ class StreamingMerge:
         return merged
 
     def _merged_weight(self, layer: AdaptedLayer, names: Sequence[str], W: Tensor) -> Tensor:
-        parameters = layer.get_base_layer()._parameters
-        empty = parameters[layer.leaf]
-        try:
-            # A copy: a tensor that lies in the mapped file is not aligned, and sums over it may round otherwise.
-            parameters[layer.leaf] = nn.Parameter(W.clone(), requires_grad=False)
+        module = layer.get_base_layer()
+        # A copy: a tensor that lies in the mapped file is not aligned, and sums over it may round otherwise.
+        with lent(module, layer.leaf, W.clone()):
             layer.base.replace(layer.changed(layer.original.weight(), names))
-            merged = parameters[layer.leaf]
+            merged = module._parameters[layer.leaf]
             assert merged is not None
             return merged.detach()
-        finally:
-            parameters[layer.leaf] = empty
 
     def _check_complete(self) -> None:
         """Every parameter must come from one place, or it would be missing from the merged model."""

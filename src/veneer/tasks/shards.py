@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import safetensors
 
-from veneer.adapters.streaming import INDEX_NAME, Shard
+from veneer.adapters.checkpoint import Shard
+from veneer.adapters.streaming import INDEX_NAME
 from veneer.core.errors import NotStreamableError, UsageError, listed
 from veneer.core.peft_config import read_json
 from veneer.tasks.loading import load_config, load_model, model_folder
