@@ -146,7 +146,11 @@ def family_sections() -> list[str]:
     for config in list(FAMILIES.values())[1:]:
         docs, hints = field_docs(config), typing.get_type_hints(config)
         rows = [field_row(f.name, hints[f.name], default(f), docs[f.name]) for f in dataclasses.fields(config)]
-        parts += [f"## {config.__name__}", first_paragraph(config), table(("Field", "Type", "Default", "Meaning"), rows)]
+        parts += [
+            f"## {config.__name__}",
+            first_paragraph(config),
+            table(("Field", "Type", "Default", "Meaning"), rows),
+        ]
     return parts
 
 
