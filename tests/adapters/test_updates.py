@@ -117,6 +117,25 @@ def test_a_file_tells_its_updates(tmp_path: Path, kind: str, options: dict[str, 
         assert update.weight_norm is None
 
 
+@pytest.mark.parametrize(
+    "start", ["kaiming", "gaussian", "random", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica"]
+)
+def test_an_adapter_that_stands_on_another_weight(tmp_path: Path, start: str) -> None:
+    value = {"kaiming": True, "random": False}.get(start, start)
+    model = making.adapted(init_lora_weights=value, target_modules=["q_proj"])
+    wanted = making.updates(model)
+    for update in updates_on_model(model.base_model, "default"):
+        assert update.whole
+        close(dense(update), wanted[update.path])
+    model.save_pretrained(tmp_path)
+    told = updates_in_file(files.read(tmp_path))
+    for update in told:
+        if update.whole:
+            close(dense(update), wanted[update.path])
+    moves = start.startswith("pissa") or start == "olora"
+    assert moves or all(update.whole for update in told)
+
+
 def test_layers_stand_in_the_models_order(tmp_path: Path) -> None:
     making.saved(tmp_path, target_modules=["q_proj"])
     read = files.read(tmp_path)
