@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests import models
 from tests.adapters.making import adapted, best, close, config_of, peft_updates_in, saved, updates, updates_in
-from veneer import LoraConfig, PeftModel, UsageError, get_peft_model
+from veneer import LoraConfig, MergeError, PeftModel, UsageError, get_peft_model
 from veneer.adapters import files
 from veneer.adapters.convert import convert, convert_to_lora, save_as_lora
 from veneer.adapters.lowrank import Rank
@@ -246,6 +246,22 @@ def test_an_activated_adapter_stays_activated(rank: Rank | None, tmp_path: Path)
     save_as_lora(tmp_path / "b", model, rank)
     again = PeftModel.from_pretrained(models.make("llama"), tmp_path / "b")
     torch.testing.assert_close(models.output(again, given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_that_are_several_pairs_are_kept(tmp_path: Path) -> None:
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, padding=1, groups=2))
+
+    grouped = get_peft_model(model(), LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_modules=["0"]))
+    models.randomise(grouped)
+    given = torch.randn(2, 4, 5, 5)
+    save_as_lora(tmp_path, grouped)
+    again = PeftModel.from_pretrained(model(), tmp_path)
+    torch.testing.assert_close(again(given), grouped(given))
+    assert again.peft_config["default"].use_rslora is False
+    with pytest.raises(MergeError, match="has no place in the weight"):
+        save_as_lora(tmp_path, grouped, 2)
 
 
 def test_convolutions(tmp_path: Path) -> None:

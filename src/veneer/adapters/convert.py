@@ -27,7 +27,8 @@ from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.layouts import check_pairs
 from veneer.adapters.lowrank import Rank, Spectrum, check_rank, missed_by, spectrum_of, spectrum_of_product
-from veneer.adapters.plain import Factors, bias_of, factors_of, plain_config, stored
+from veneer.adapters.plain import BIAS, Factors, bias_of, factors_of, is_product, plain_config, stored
+from veneer.core.base import AbstractBase
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.errors import UsageError
 from veneer.core.records import ApproximatedLayer
@@ -53,8 +54,9 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Made:
-    A: Tensor
-    B: Tensor
+    """The factors of one layer, keyed as on disk."""
+
+    factors: dict[str, Tensor]
     alpha: float
     record: ApproximatedLayer
 
@@ -90,9 +92,8 @@ def convert(
     with torch.no_grad():
         for done, (path, layer) in enumerate(layers.items(), start=1):
             one = made[path] = _layer(path, layer, name, rank)
-            bias = _bias(layer, name, one)
-            named = stored(layer.original, one.A, one.B, bias)
-            tensors |= {f"{PREFIX}{path}.{key}": tensor.clone() for key, tensor in named.items()}
+            named = {**one.factors, **_bias(layer, name, one)}
+            tensors |= {f"{PREFIX}{path}.{key}": tensor.detach().clone() for key, tensor in named.items()}
             said(done, len(layers))
     new = plain_config(
         config,
@@ -107,32 +108,38 @@ def convert(
 
 
 def _layer(path: str, layer: AdaptedLayer, name: str, rank: Rank | None) -> _Made:
-    r, scaling = layer.r[name], layer.scaling[name]
-    factors = factors_of(layer.variants[name], layer.original, layer.tensors(name), scaling=scaling, r=r)
-    if factors is not None and rank is None:
-        return _kept(path, factors, r)
+    base, r, scaling = layer.original, layer.r[name], layer.scaling[name]
+    variant, own = layer.variants[name], layer.tensors(name)
+    factors = factors_of(variant, base, own, scaling=scaling, r=r)
+    if rank is None and is_product(variant) and own.keys() <= {*base.factor_names, BIAS}:
+        # Also where factors are several pairs, as those of experts are: nothing has to be known of them.
+        kept: dict[str, Tensor] = {key: own[key] for key in base.factor_names}
+        norm = None if factors is None else _size(factors)
+        return _Made(kept, scaling * r, ApproximatedLayer(path, r, r, norm))
+    if rank is None and factors is not None:
+        new_r = factors.A.shape[0]
+        dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
+        kept = stored(base, factors.A.to(dtype), factors.B.to(dtype), None)
+        return _Made(kept, factors.scaling * new_r, ApproximatedLayer(path, r, new_r, _size(factors)))
     if factors is not None:
         A, B = factors.A.double() * factors.scaling, factors.B.double()
-        return _approximated(path, r, spectrum_of_product(A, B), rank, factors.A.dtype, lambda a, b: _norm(A, B, a, b))
+        whole = spectrum_of_product(A, B)
+        return _approximated(path, r, base, whole, rank, factors.A.dtype, lambda a, b: _norm(A, B, a, b))
     change = layer.change(name)
     spectrum = spectrum_of(change, rank if isinstance(rank, int) else None)
     if rank is None:
         rank = _exact_rank(path, spectrum, r)
-    return _approximated(path, None, spectrum, rank, change.dtype, lambda a, b: missed_by(change, a, b))
+    return _approximated(path, None, base, spectrum, rank, change.dtype, lambda a, b: missed_by(change, a, b))
 
 
-def _kept(path: str, factors: Factors, r: int) -> _Made:
-    """The factors as they are. With a start taken off, the scaling is in B already."""
-    new_r = factors.A.shape[0]
-    norm = math.sqrt(spectrum_of_product(factors.A, factors.B).energy) * factors.scaling
-    record = ApproximatedLayer(path, r, new_r, norm)
-    dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
-    return _Made(factors.A.to(dtype), factors.B.to(dtype), factors.scaling * new_r, record)
+def _size(factors: Factors) -> float:
+    return math.sqrt(spectrum_of_product(factors.A, factors.B).energy) * factors.scaling
 
 
 def _approximated(
     path: str,
     r: int | None,
+    base: AbstractBase,
     spectrum: Spectrum,
     rank: Rank | None,
     dtype: torch.dtype,
@@ -143,7 +150,8 @@ def _approximated(
     A, B = (factor.to(dtype) for factor in spectrum.factors(new_r))
     norm = math.sqrt(spectrum.energy)
     error = missed(A, B) / norm if norm else 0.0
-    return _Made(A, B, float(new_r), ApproximatedLayer(path, r, new_r, norm, spectrum.kept(new_r), error))
+    record = ApproximatedLayer(path, r, new_r, norm, spectrum.kept(new_r), error)
+    return _Made(stored(base, A, B, None), float(new_r), record)
 
 
 def _norm(A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor) -> float:
@@ -164,10 +172,13 @@ def _exact_rank(path: str, spectrum: Spectrum, r: int) -> int:
     return count
 
 
-def _bias(layer: AdaptedLayer, name: str, made: _Made) -> Tensor | None:
+def _bias(layer: AdaptedLayer, name: str, made: _Made) -> dict[str, Tensor]:
     """What the adapter adds to the layer's bias, divided by the factor that it is scaled by again."""
     found = bias_of(layer.tensors(name), layer.scaling[name])
-    return None if found is None else (found * (made.record.r / made.alpha)).to(made.B.dtype)
+    if found is None:
+        return {}
+    own, scaling = layer.tensors(name)[BIAS], made.alpha / made.record.r
+    return {BIAS: own if scaling == layer.scaling[name] else (found / scaling).to(own.dtype)}
 
 
 def _rest(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def _layer(
     if A.dim() < 2 or not flat or A.shape[0] != r or B.shape[1] != r:
         raise AdapterFileError(
             f"The factors of {path!r} in {files.source} have shapes {tuple(A.shape)} and {tuple(B.shape)}; expected "
-            f"two matrices of rank {r}, as its config says."
+            f"two matrices of rank {r}, as its config says (those of experts and of grouped convolutions are several)."
         )
     A0, B0 = (left.pop(prefix + initial_name(name), None) for name in names)
     started = None if A0 is None or B0 is None else (A0, B0)

@@ -157,6 +157,16 @@ class ModuleIndex:
                 suffixes.setdefault(".".join(parts[start:]), []).append(path)
         return {suffix: tuple(paths) for suffix, paths in suffixes.items()}
 
+    def shortest_names(self, paths: Iterable[str]) -> list[str]:
+        """The shortest names that match these modules; others too only where the whole of a path ends theirs."""
+        wanted = set(paths)
+        shortest = set()
+        for path in wanted:
+            parts = path.split(".")
+            endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+            shortest.add(next((end for end in endings if wanted.issuperset(self.by_suffix[end])), path))
+        return sorted(shortest)
+
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The shape of what a parameter stands for: bitsandbytes packs two values of 4 bits into a byte."""

@@ -216,10 +216,6 @@ def names_for(index: ModuleIndex, paths: Iterable[str]) -> tuple[list[str], list
         paths: the modules wanted.
     """
     wanted = set(paths)
-    shortest = set()
-    for path in wanted:
-        parts = path.split(".")
-        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-        shortest.add(next((end for end in endings if wanted.issuperset(index.by_suffix[end])), path))
-    matched = {path for name in shortest for path in index.by_suffix[name]}
-    return sorted(shortest), sorted(matched - wanted) or None
+    names = index.shortest_names(wanted)
+    matched = {path for name in names for path in index.by_suffix[name]}
+    return names, sorted(matched - wanted) or None

@@ -270,13 +270,7 @@ class _Selector:
             return self.default_names()
         if not isinstance(names, str) or names.lower() != ALL_LINEAR:
             return names
-        wanted = {slot.path for slot in slots if slot.kind != PARAMETER}
-        shortest = set()
-        for path in wanted:
-            parts = path.split(".")
-            endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-            shortest.add(next(end for end in endings if wanted.issuperset(self.index.by_suffix[end]) or end == path))
-        return sorted(shortest)
+        return self.index.shortest_names(slot.path for slot in slots if slot.kind != PARAMETER)
 
     # Whole modules and biases
 
