@@ -188,6 +188,14 @@ def test_a_file_without_factors(tmp_path: Path) -> None:
         updates_in_file(files.AdapterFiles("here", read.config, half, {}))
 
 
+def test_parameters_are_not_named_in_the_file(tmp_path: Path) -> None:
+    making.saved(tmp_path)
+    read = files.read(tmp_path)
+    other = replace(read, config=LoraConfig(target_parameters=["mlp.weight"]))
+    with pytest.raises(UsageError, match=r"adapts parameters \(mlp.weight\).*name the base model \(--model\)"):
+        updates_in_file(other)
+
+
 def test_an_unknown_adapter(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(models.make("llama"), making.saved(tmp_path))
     with pytest.raises(UsageError, match="no adapter 'x'"):

@@ -20,8 +20,8 @@ from veneer.adapters.lowrank import Spectrum, spectrum_of, spectrum_of_product
 from veneer.adapters.plain import numbers
 from veneer.adapters.rebase import initial_name
 from veneer.core import registry
-from veneer.core.config import TunerConfig
-from veneer.core.errors import UsageError
+from veneer.core.config import LoraConfig, TunerConfig
+from veneer.core.errors import UsageError, listed
 from veneer.core.variant import AbstractVariant, variant_of
 
 _FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B"))
@@ -63,7 +63,8 @@ def updates_in_file(files: AdapterFiles) -> list[LayerUpdate]:
     part ``scaling * B A``, with ``whole`` False.
 
     Raises:
-        UsageError: the file has no factors, as those of some variants; ``updates_on_model`` can tell their updates.
+        UsageError: the file does not tell its updates, as those of some variants and of adapted parameters;
+            ``updates_on_model`` does.
     """
     config = files.config
     assert isinstance(config, TunerConfig)
@@ -76,6 +77,11 @@ def updates_in_file(files: AdapterFiles) -> list[LayerUpdate]:
         raise UsageError(
             f"{files.source} holds an adapter of type {config.peft_type}, whose updates are no products of two "
             "factors in the file; name the base model (--model), on which every update can be told."
+        )
+    if isinstance(config, LoraConfig) and config.target_parameters:
+        raise UsageError(
+            f"{files.source} adapts parameters ({listed(config.target_parameters)}), which its tensors are not named "
+            "after; name the base model (--model), on which every update can be told."
         )
     for key, tensor in files.tensors.items():
         path = max((p for p in layers if key.startswith(f"{PREFIX}{p}.")), key=len, default=None)
