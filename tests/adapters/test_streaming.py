@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import Tensor
 
 from tests import models
@@ -229,6 +230,30 @@ def test_an_adapter_that_stands_on_another_weight(tmp_path: Path, start: str) ->
         return
     merge.write(tmp_path / "streamed")
     assert_same(tensors(tmp_path / "streamed"), wanted)
+
+
+def test_experts_that_are_stored_as_one_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AUTO, "experts", "AutoModelForCausalLM")
+    config = transformers.GptOssConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention"],
+    )
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    names = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+    adapter = trained(tmp_path / "base", tmp_path / "adapter", "experts", **names)
+    compare(tmp_path, tmp_path / "base", [adapter], "experts")
+    merged, before = tensors(tmp_path / "streamed"), tensors(tmp_path / "base")
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.0.mlp.experts.{name}"
+        assert not torch.equal(merged[key], before[key])
 
 
 def test_a_weight_and_its_bias_in_different_files(tmp_path: Path) -> None:
