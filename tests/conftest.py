@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Set by readline in the process that starts test workers: tables are as wide as in a pipe, everywhere.
+os.environ.pop("COLUMNS", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
