@@ -35,6 +35,8 @@ bench: $(READY)  ## Measure against PEFT; wants a quiet machine.
 	$(BIN)/python benchmarks/bench_inject.py
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_variants.py
+	$(BIN)/python benchmarks/bench_adapters.py
+	$(BIN)/python benchmarks/bench_inits.py
 	$(BIN)/python benchmarks/bench_qlora.py
 
 format: $(READY)  ## Format the code and fix what the linter can.
