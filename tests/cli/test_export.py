@@ -86,7 +86,7 @@ def test_gguf(adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--to", "gguf", "--model", "x", "--output", "y", "--max-lora-rank", "8"], "belongs to --check vllm"),
         (["--check", "vllm", "--output", "y"], "--check writes nothing"),
         (["--check", "vllm", "--force"], "--check writes nothing"),
-        (["--to", "gguf", "--model", "/no/such", "--output", "/tmp/no/such.gguf"], "There is no folder '/no/such'"),
+        (["--to", "gguf", "--model", "/no/such", "--output", "no/such.gguf"], "There is no folder '/no/such'"),
         (["--to", "gguf", "--model", "x", "--output", "."], "is a folder; expected the name of a file"),
     ],
 )
