@@ -21,7 +21,16 @@ from veneer.train.families import adapter_fields
 ADAPTER_FLAGS = {f"--{name.replace('_', '-')}" for name in adapter_fields()}
 RUN_FIELDS = (
     *("model", "data", "eval_data", "eval_fraction", "output", "task", "method", "epochs", "max_steps"),
-    *("batch_size", "accumulation", "learning_rate", "schedule", "warmup", "loraplus_lr_ratio"),
+    *(
+        "batch_size",
+        "accumulation",
+        "packing",
+        "max_tokens",
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "loraplus_lr_ratio",
+    ),
     *("weight_decay", "clip"),
     *("gradient_checkpointing", "quantize", "precision", "max_length", "train_on", "seed", "log_every", "eval_every"),
 )

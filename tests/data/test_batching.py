@@ -1,37 +1,75 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.data.batching import LengthBatches
+from veneer.data.batching import Batching, padding
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=80)
 
 
-@given(LENGTHS, st.integers(1, 9), st.integers(0, 3))
-def test_every_index_comes_once_a_pass(lengths: list[int], batch_size: int, seed: int) -> None:
-    batches = LengthBatches(lengths, batch_size, seed=seed)
-    for _ in range(2):
-        one_pass = list(batches)
-        assert sorted(index for batch in one_pass for index in batch) == list(range(len(lengths)))
-        assert len(one_pass) == len(batches)
-        assert sorted(map(len, one_pass), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
+def indices(step: tuple) -> list[int]:
+    return [index for share in step for micro in share if micro.counts for index in micro.indices]
 
 
-def test_the_order_follows_the_seed_and_changes_between_passes() -> None:
-    lengths = list(range(40))
-    first, again, other = (LengthBatches(lengths, 4, seed=seed) for seed in (1, 1, 2))
-    one = list(first)
-    assert one == list(again)
-    assert one != list(other)
-    assert one != list(first)
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(1, 120))
+def test_every_example_comes_once_a_pass(
+    lengths: list[int], batch_size: int, accumulation: int, processes: int, packed: bool, most: int
+) -> None:
+    batching = Batching(lengths, batch_size, accumulation, processes, packed, most, seed=1)
+    for number in range(2):
+        steps = batching.steps(number)
+        assert sorted(index for step in steps for index in indices(step)) == list(range(len(lengths)))
+        assert len(steps) == batching.steps_per_pass
+        whole = batch_size * accumulation * processes
+        sizes = sorted((len(indices(step)) for step in steps), reverse=True)
+        assert sizes[:1] <= [whole]
+        # Of padded batches one is odd, in any step, and the last step may have fewer of them.
+        assert sizes[: -1 if packed else -2] == [whole] * (len(steps) - (1 if packed else 2))
 
 
-def test_similar_lengths_share_a_batch() -> None:
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 3), st.booleans(), st.integers(1, 120))
+def test_processes_wait_for_each_other_equally_often(
+    lengths: list[int], batch_size: int, processes: int, packed: bool, most: int
+) -> None:
+    for step in Batching(lengths, batch_size, 2, processes, packed, most).steps(0):
+        assert len(step) == processes
+        assert len({len(share) for share in step}) == 1
+        assert all(micro.indices for share in step for micro in share)
+
+
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 3), st.integers(1, 120))
+def test_packed_batches_keep_to_the_most_tokens(lengths: list[int], batch_size: int, processes: int, most: int) -> None:
+    for step in Batching(lengths, batch_size, 2, processes, packed=True, max_tokens=most).steps(0):
+        for micro in (micro for share in step for micro in share):
+            assert len(micro.indices) == 1 or sum(lengths[i] for i in micro.indices) <= most
+
+
+def test_packed_without_a_limit_is_one_batch_a_step() -> None:
+    steps = Batching([7] * 24, 4, 2, packed=True).steps(0)
+    assert [[len(micro.indices) for micro in share] for step in steps for share in step] == [[8]] * 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_order_follows_the_seed_and_changes_between_passes(packed: bool) -> None:
+    lengths = list(range(1, 41))
+    first, again, other = (Batching(lengths, 4, packed=packed, seed=seed) for seed in (1, 1, 2))
+    assert first.steps(0) == again.steps(0)
+    assert first.steps(0) != other.steps(0)
+    assert first.steps(0) != first.steps(1)
+
+
+def test_similar_lengths_share_a_padded_batch() -> None:
     lengths = [(index * 37) % 101 for index in range(256)]
 
-    def padding(batches: list[list[int]]) -> int:
+    def filled(batches: list[list[int]]) -> int:
         return sum(max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in batches)
 
     unsorted = [list(range(start, start + 8)) for start in range(0, 256, 8)]
-    assert padding(list(LengthBatches(lengths, 8, seed=0))) < padding(unsorted) / 5
+    assert filled([indices(step) for step in Batching(lengths, 8).steps(0)]) < filled(unsorted) / 5
+
+
+def test_padding() -> None:
+    assert padding([4, 4, 4], 2) == 0.0
+    assert padding([1, 3], 2) == pytest.approx(1 - 4 / 6)

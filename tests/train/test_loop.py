@@ -91,8 +91,11 @@ def reference_run(rows: list[dict], *, steps: int, clip: float, rate: float) -> 
     return trained_tensors(model)
 
 
+@pytest.mark.parametrize("packing", [{"packing": "off"}, {"packing": "on"}, {"max_tokens": 40}, {"max_tokens": 1}])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (2, 4), (3, 3), (1, 8)])
-def test_accumulated_batches_train_as_one_big_batch(tmp_path: Path, batch_size: int, accumulation: int) -> None:
+def test_accumulated_batches_train_as_one_big_batch(
+    tmp_path: Path, batch_size: int, accumulation: int, packing: dict[str, Any]
+) -> None:
     rows = chat.pairs(8)
     result = run(
         tmp_path / "run",
@@ -102,6 +105,7 @@ def test_accumulated_batches_train_as_one_big_batch(tmp_path: Path, batch_size: 
         epochs=3,
         eval_fraction=0,
         clip=0.05,
+        **packing,
     )
     assert result.record.steps == 3
     expected = reference_run(rows, steps=3, clip=0.05, rate=5e-3)
@@ -109,6 +113,22 @@ def test_accumulated_batches_train_as_one_big_batch(tmp_path: Path, batch_size: 
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("packing", ["auto", "on", "off"])
+def test_a_run_says_how_examples_lie(tmp_path: Path, packing: str) -> None:
+    notes = " ".join(run(tmp_path / "run", epochs=1, packing=packing, max_tokens=64).record.notes)
+    assert ("Examples are packed, at most 64 tokens at once" in notes) == (packing != "off")
+
+
+def test_a_model_that_cannot_pack_is_padded_or_refused(tmp_path: Path) -> None:
+    config = transformers.BloomConfig(vocab_size=400, hidden_size=16, n_layer=1, n_head=2)
+    model = transformers.BloomForCausalLM(config)
+    with pytest.raises(ConfigError, match="packing=on is not possible: BloomForCausalLM"):
+        run(tmp_path / "on", model=model, packing="on")
+    assert not (tmp_path / "on").exists()
+    result = run(tmp_path / "auto", model=transformers.BloomForCausalLM(config), epochs=1)
+    assert "Batches are padded, because BloomForCausalLM" in " ".join(result.record.notes)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:

@@ -1,33 +1,47 @@
-"""Sequences of different lengths in one batch: padding is told by the attention mask alone."""
+"""Sequences in one batch: end to end where the model can keep them apart, else padded as the attention mask tells."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from veneer.data.encode import IGNORED, Encoded
+from veneer.data.packing import pack
 
 
-def collate(examples: Sequence[Encoded], *, pad_id: int) -> dict[str, Tensor]:
-    """B sequences, padded on the right to the longest, T tokens.
+def collate(examples: Sequence[Encoded], *, pad_id: int, packed: bool = False) -> dict[str, Tensor]:
+    """B sequences as one batch of T tokens a row.
 
     Args:
         examples: at least one.
         pad_id: what to fill with. Any id of the vocabulary will do, eos too: no token is ever taken for padding
             because of its id.
+        packed: lay them end to end (see ``pack``), unless they are of one length and need no padding.
 
     Returns:
-        ``input_ids``, ``attention_mask`` (1 for tokens, 0 for padding) and ``labels``, each (B, T) int64.
+        ``input_ids`` and ``labels``, each (B, T) int64, with ``attention_mask`` (1 for tokens, 0 for padding on the
+        right); of a packed batch, what ``pack`` gives, or rows of one length without a mask.
     """
     longest = max(len(example.input_ids) for example in examples)
+    even = all(len(example.input_ids) == longest for example in examples)
+    if packed and not even:
+        return pack(examples)
 
     def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
         return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
-    return {
+    batch = {
         "input_ids": padded([example.input_ids for example in examples], pad_id),
-        "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
         "labels": padded([example.labels for example in examples], IGNORED),
     }
+    if not packed:
+        batch["attention_mask"] = padded([[1] * len(example.input_ids) for example in examples], 0)
+    return batch
+
+
+def tokens(batch: Mapping[str, Tensor]) -> int:
+    """How many tokens a batch has, padding left out."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())

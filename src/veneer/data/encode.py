@@ -67,6 +67,11 @@ class EncodedSet:
     examples: tuple[Encoded, ...]
     report: EncodingReport
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example.input_ids) for example in self.examples]
+
 
 def encode(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, *, max_length: int, completions_only: bool = True

@@ -1,11 +1,7 @@
-"""Causal language modelling: conversations, prompts with completions, instructions, plain text.
-
-Shape legend: B sequences, T tokens, V vocabulary, P positions whose logits are needed.
-"""
+"""Causal language modelling: conversations, prompts with completions, instructions, plain text."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from itertools import groupby
@@ -19,6 +15,7 @@ from veneer.data.encode import IGNORED, Encoded, EncodedSet, encode
 from veneer.data.formats import recognise
 from veneer.data.sources import Row
 from veneer.data.templates import with_template
+from veneer.engine.head import language_loss
 from veneer.tasks.task import AbstractTask, BatchLoss, Piece, Tally
 
 if TYPE_CHECKING:
@@ -33,6 +30,7 @@ class Task(AbstractTask):
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
+    packs: ClassVar[bool] = True
 
     def prepare(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
@@ -48,27 +46,19 @@ class Task(AbstractTask):
     ) -> EncodedSet:
         return encode(recognise(rows), tokenizer, max_length=max_length, completions_only=train_on == "completion")
 
-    def collate(self, examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        return collate(examples, pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    def collate(
+        self, examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, packed: bool = False
+    ) -> dict[str, Tensor]:
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        return collate(examples, pad_id=pad_id, packed=packed)
 
     def units(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> BatchLoss:
-        targets_BT = batch["labels"][:, 1:]
-        # Positions that no sequence of the batch is trained on need no logits: the head is much of a small model.
-        needed_P = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits_BPV = model(**inputs, logits_to_keep=needed_P).logits
-        else:
-            logits_BPV = model(**inputs).logits[:, needed_P]
-        targets_BP = targets_BT[:, needed_P]
-        supervised = targets_BP != IGNORED
-        logits_NV, targets_N = logits_BPV[supervised], targets_BP[supervised]
-        total = nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
-        correct = int((logits_NV.detach().argmax(-1) == targets_N).sum())
-        return BatchLoss(total, Tally(float(total.detach()), targets_N.numel(), correct))
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        found = language_loss(model, inputs, batch["labels"])
+        return BatchLoss(found.total, Tally(float(found.total.detach()), found.units, found.correct))
 
     def metrics(self, tally: Tally) -> dict[str, float]:
         loss = tally.loss / tally.units if tally.units else math.nan

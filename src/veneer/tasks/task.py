@@ -64,6 +64,8 @@ class AbstractTask(ABC):
     """The transformers auto class that loads a model with the right head."""
     task_type: ClassVar[TaskType]
     """What the adapter's config says the model is for."""
+    packs: ClassVar[bool]
+    """Whether its examples can be laid end to end."""
 
     @abstractmethod
     def prepare(
@@ -82,8 +84,10 @@ class AbstractTask(ABC):
         """
 
     @abstractmethod
-    def collate(self, examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        """One batch of tensors, each (B, T) or (B,)."""
+    def collate(
+        self, examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, packed: bool = False
+    ) -> dict[str, Tensor]:
+        """One batch of tensors, each (B, T) or (B,); ``packed`` lays the examples end to end, where ``packs``."""
 
     @abstractmethod
     def units(self, batch: dict[str, Tensor]) -> int:
@@ -133,12 +137,13 @@ def measure(
     *,
     batch_size: int,
     device: torch.device | str,
+    packed: bool = False,
     on_share: Callable[[float], object] = lambda share: None,
 ) -> Tally:
     """The tally of a set of examples, without gradients and without dropout; the model's mode is put back.
 
-    Examples of similar length share a batch; the figures do not depend on how they are batched. ``on_share`` is
-    told the share of the examples that is done, after each batch.
+    Examples of similar length share a batch, end to end when ``packed``; the figures do not depend on how they are
+    batched. ``on_share`` is told the share of the examples that is done, after each batch.
     """
     was_training = model.training
     model.eval()
@@ -147,8 +152,8 @@ def measure(
     try:
         with torch.no_grad():
             for group in _by_length(examples, batch_size):
-                batch = {key: value.to(device) for key, value in task.collate(group, tokenizer).items()}
-                total += task.loss(model, batch).tally
+                batch = task.collate(group, tokenizer, packed=packed)
+                total += task.loss(model, {key: value.to(device) for key, value in batch.items()}).tally
                 done += len(group)
                 on_share(done / len(examples))
     finally:

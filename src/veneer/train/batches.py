@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
 
-from veneer.data.batching import LengthBatches
-from veneer.data.encode import Encoded
+from veneer.data.batching import Micro
+from veneer.data.encode import IGNORED
 from veneer.train.prepare import Plan
 
 
-def loader(plan: Plan) -> DataLoader[Any]:
-    """Batches of tensors with ``origins``, the list of their rows; each pass has another order."""
-    examples = plan.train_set.examples
-    lengths = [len(example.input_ids) for example in examples]
+def batches_from(plan: Plan, start: int, *, process: int, device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """The micro-batches of one optimiser step after another, pass after pass, without end.
 
-    def collate(chosen: Sequence[Encoded]) -> dict[str, Any]:
-        return {**plan.task.collate(chosen, plan.tokenizer), "origins": [example.origin for example in chosen]}
+    Args:
+        plan: the run.
+        start: the step to begin with, counted from 0: the same batches come as if all before had been taken.
+        process: whose share of each step.
+        device: where the tensors go.
 
-    batches = LengthBatches(lengths, plan.config.batch_size, seed=plan.config.seed)
-    return DataLoader(list(examples), batch_sampler=batches, collate_fn=collate)
+    Yields:
+        What the task collates, with ``origins``, the list of its rows.
+    """
+    per_pass = plan.batching.steps_per_pass
+    for number in count(start // per_pass):
+        steps = plan.batching.steps(number)
+        for step in steps[start % per_pass :] if number == start // per_pass else steps:
+            yield [_batch(plan, micro, device) for micro in step[process]]
 
 
-def groups(batches: Iterable[dict[str, Any]], accumulation: int) -> Iterator[list[dict[str, Any]]]:
-    """The batches of one step after another, pass after pass, without end; a pass's last group may be smaller."""
-    while True:
-        left = iter(batches)
-        while group := list(islice(left, accumulation)):
-            yield group
+def _batch(plan: Plan, micro: Micro, device: torch.device) -> dict[str, Any]:
+    examples = [plan.train_set.examples[index] for index in micro.indices]
+    if not micro.counts:
+        examples = [replace(example, labels=[IGNORED] * len(example.labels)) for example in examples]
+    batch = plan.task.collate(examples, plan.tokenizer, packed=plan.batching.packed)
+    placed = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {**placed, "origins": [example.origin for example in examples]}

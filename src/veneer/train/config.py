@@ -69,6 +69,10 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Examples that go through the model at once, on each device."""
     accumulation: int = Field(1, ge=1)
     """Batches whose gradients make one step; the loss is averaged over all their trained tokens."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Lay examples end to end instead of padding them: wherever the model keeps them apart, always, or never."""
+    max_tokens: int | None = Field(None, ge=1)
+    """The most tokens that go through the model at once when packed; a step with more takes several turns."""
     learning_rate: float | None = Field(None, gt=0)
     """The highest learning rate; without it, a customary one for the method."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

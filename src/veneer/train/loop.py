@@ -20,10 +20,11 @@ from veneer.adapters.model import PeftModel
 from veneer.core.disk import write_text
 from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.core.records import RunRecord
+from veneer.data.collate import tokens
 from veneer.optimizers import second_factors
 from veneer.tasks.task import Tally, measure
 from veneer.train import checkpoint
-from veneer.train.batches import groups, loader
+from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
 from veneer.train.log import LOG_NAME, ProgressBar, RunLog, finite, peak_memory
@@ -132,7 +133,7 @@ class Loop:
             ratio=plan.config.loraplus_lr_ratio or 1.0,
         )
         self.schedule = scheduled(optimiser, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
-        self.model, self.optimiser, self.loader = accelerator.prepare(self.bare, optimiser, loader(plan))
+        self.model, self.optimiser = accelerator.prepare(self.bare, optimiser)
         self.interrupt = Interrupt(self._on_interrupt)
         self.step = 0
         self.tokens = 0
@@ -218,13 +219,14 @@ class Loop:
     def _steps(self) -> None:
         self.model.train()
         every = self.config.eval_every or self.plan.steps_per_epoch
-        each = groups(self.loader, self.config.accumulation)
+        process, device = self.accelerator.process_index, self.accelerator.device
+        each = batches_from(self.plan, self.step, process=process, device=device)
         while self.step < self.plan.steps and not self.interrupt.asked:
             began = time.perf_counter()
-            tally, norm, tokens = self._one_step(next(each))
+            tally, norm, read = self._one_step(next(each))
             self.seconds += time.perf_counter() - began
             self.step += 1
-            self.tokens += tokens
+            self.tokens += read
             self.recent.append(tally)
             self._log_step(tally, norm)
             if self.step % every == 0 or self.step == self.plan.steps:
@@ -264,7 +266,7 @@ class Loop:
         if self.plan.config.method == "lora" and self.config.family == "adalora":
             self.bare.base_model.update_and_allocate(self.step + 1)  # type: ignore[union-attr,operator]
         self.optimiser.zero_grad()
-        return total, norm, sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return total, norm, sum(tokens(batch) for batch in batches)
 
     def _not_finite(self, what: str, value: float, origins: Sequence[str]) -> None:
         self.optimiser.zero_grad()
@@ -310,6 +312,7 @@ class Loop:
             self.plan.tokenizer,
             batch_size=self.config.batch_size,
             device=self.accelerator.device,
+            packed=self.plan.batching.packed,
             on_share=self._on_share,
         )
         metrics = self.plan.task.metrics(tally)

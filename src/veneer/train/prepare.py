@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.budget import set_total_step
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, DataError, UsageError, listed
+from veneer.data.batching import Batching, padding
 from veneer.data.encode import Encoded, EncodedSet
 from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
+from veneer.engine.head import form_of
+from veneer.engine.packing import check_packing, use_packing
 from veneer.tasks import task as tasks
 from veneer.tasks.task import AbstractTask, Piece, longest_input
 from veneer.train.config import RunConfig
@@ -20,7 +23,11 @@ from veneer.train.methods import Trained, prepared
 from veneer.train.starts import gathering
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_TOKENS = 2048
+"""Tokens that go through the model at once, when a run does not say."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,15 @@ class Plan:
     trained: Trained
     notes: tuple[str, ...]
     """Everything that was decided or left out on the way, in sentences."""
-    steps_per_epoch: int
+    batching: Batching
+    """Which examples each step takes."""
     steps: int
     """Optimiser steps of the whole run."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass over the training data."""
+        return self.batching.steps_per_pass
 
     @property
     def shown(self) -> Encoded:
@@ -88,8 +101,8 @@ def prepare(
         )
     gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
-    per_epoch = -(-len(train_set.examples) // (config.batch_size * config.accumulation * processes))
-    steps = config.max_steps or max(1, round(per_epoch * config.epochs))
+    batching, decided = _batching(config, task, trained.model, train_set.lengths, processes)
+    steps = config.max_steps or max(1, round(batching.steps_per_pass * config.epochs))
     if isinstance(trained.model, PeftModel):
         set_total_step(trained.model.base_model, steps)
     return Plan(
@@ -99,10 +112,31 @@ def prepare(
         train_set=train_set,
         held_out=held_out,
         trained=trained,
-        notes=(*notes, *said, *trained.notes),
-        steps_per_epoch=per_epoch,
+        notes=(*notes, *said, *trained.notes, *decided),
+        batching=batching,
         steps=steps,
     )
+
+
+def _batching(
+    config: RunConfig, task: AbstractTask, model: nn.Module, lengths: Sequence[int], processes: int
+) -> tuple[Batching, list[str]]:
+    """How examples become steps, and what was decided about it."""
+    common = {"lengths": lengths, "batch_size": config.batch_size, "accumulation": config.accumulation}
+    padded = Batching(**common, processes=processes, seed=config.seed)  # type: ignore[arg-type]
+    # The form of the head is looked at here, before the model is spread over processes.
+    form_of(model)
+    if config.packing == "off":
+        return padded, []
+    reason = use_packing(model) if task.packs else f"examples of task {config.task} cannot lie end to end"
+    if config.packing == "on":
+        check_packing(reason)
+    if reason is not None:
+        return padded, [f"Batches are padded, because {reason}."]
+    most = config.max_tokens or MAX_TOKENS
+    saved = padding(lengths, config.batch_size)
+    note = f"Examples are packed, at most {most:,} tokens at once; padded batches would be {saved:.0%} padding."
+    return replace(padded, packed=True, max_tokens=most), [note]
 
 
 def check_free(folder: Path) -> None:

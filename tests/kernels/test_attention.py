@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.kernels.attention import attention, packed_attention
+
+STARTS = (0, 4, 8, 9, 15)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None) -> Tensor:
+    """Attention over all tokens with a mask of all pairs, in plain sums."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    length = q.shape[2]
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for start, end in pairwise(STARTS):
+        for query in range(start, end):
+            first = start if window is None else max(start, query - window + 1)
+            seen[query, first : query + 1] = True
+    scores = q @ k.transpose(2, 3) * 0.3
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+def tensors(heads: int = 4, groups: int = 2) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.randn(1, count, STARTS[-1], 6, dtype=torch.float64, requires_grad=True)
+        for count in (heads, groups, groups)
+    )
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_outputs_and_gradients_are_those_of_a_mask_of_all_pairs(
+    groups: int, window: int | None, softcap: float | None
+) -> None:
+    q, k, v = tensors(groups=groups)
+    found = packed_attention(q, k, v, STARTS, scaling=0.3, window=window, softcap=softcap)
+    expected = reference(q, k, v, window, softcap)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    for got, wanted in zip(
+        torch.autograd.grad(found, (q, k, v), weights), torch.autograd.grad(expected, (q, k, v), weights), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_dropout_drops_attention_weights_alone() -> None:
+    q, k, v = tensors()
+    everything = packed_attention(q, k, v, STARTS, scaling=0.3, dropout=1.0)
+    assert not everything.any()
+    # A first token sees itself alone, so that dropping scales or clears it.
+    first = packed_attention(q, k, v, STARTS, scaling=0.3, dropout=0.5, softcap=9.0)[0, :, 0]
+    assert all(not row.any() or torch.allclose(row, 2 * v[0, head // 2, 0]) for head, row in enumerate(first))
+
+
+def test_a_mask_of_ones_own() -> None:
+    q, k, v = tensors()
+    seen = torch.ones(STARTS[-1], STARTS[-1], dtype=torch.bool)
+    for softcap in (None, 1e9):
+        found = attention(q, k, v, scaling=0.3, seen=seen, softcap=softcap)
+        keys, values = (part.repeat_interleave(2, 1) for part in (k, v))
+        torch.testing.assert_close(found, (q @ keys.transpose(2, 3) * 0.3).softmax(-1) @ values)
