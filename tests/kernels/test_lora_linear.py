@@ -19,27 +19,31 @@ IN, OUT, R, SCALING = 4, 3, 2, 0.7
 SHAPES = [(5, IN), (2, 3, IN), (IN,), (2, 1, 3, IN), (0, IN), (2, 0, IN)]
 
 
+P = 0.4
+
+
 def operands(
-    shape: tuple[int, ...] = (5, IN), *, dtype: torch.dtype = F64, bias: bool = True, dropped: bool = False
+    shape: tuple[int, ...] = (5, IN), *, dtype: torch.dtype = F64, bias: bool = True, dropout: float = 0.0
 ) -> dict[str, Any]:
-    x = torch.randn(shape).to(dtype)
     return {
-        "x": x,
+        "x": torch.randn(shape).to(dtype),
         "W_OI": torch.randn(OUT, IN).to(dtype),
         "bias_O": torch.randn(OUT).to(dtype) if bias else None,
         "A_RI": torch.randn(R, IN).to(dtype),
         "B_OR": torch.randn(OUT, R).to(dtype),
-        "dropped": F.dropout(x, 0.5) if dropped else None,
+        "dropout": dropout,
     }
 
 
-def ours(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, dropped: Tensor | None) -> Tensor:
-    return lora_linear(x, W_OI, bias_O, A_RI, B_OR, SCALING, dropped)
+def ours(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, dropout: float) -> Tensor:
+    if dropout:
+        torch.manual_seed(7)
+    return lora_linear(x, W_OI, bias_O, A_RI, B_OR, SCALING, dropout)
 
 
-def theirs(
-    x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, dropped: Tensor | None
-) -> Tensor:
+def theirs(x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, dropout: float) -> Tensor:
+    torch.manual_seed(7)
+    dropped = F.dropout(x.contiguous(), dropout) if dropout else None
     return reference.lora_linear(x, W_OI, bias_O, A_RI, B_OR, SCALING, dropped)
 
 
@@ -60,30 +64,31 @@ def check_gradients(given: dict[str, Any], names: tuple[str, ...]) -> None:
         torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
 
 
-LEARN = ("x", "bias_O", "A_RI", "B_OR", "dropped")
+LEARN = ("x", "bias_O", "A_RI", "B_OR")
 SUBSETS = [subset for n in range(len(LEARN) + 1) for subset in itertools.combinations(LEARN, n)]
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids="+".join)
-def test_every_subset_of_gradients(subset: tuple[str, ...]) -> None:
-    check_gradients(operands(dropped="dropped" in subset), subset)
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_every_subset_of_gradients(subset: tuple[str, ...], dropout: float) -> None:
+    check_gradients(operands(dropout=dropout), subset)
     if "bias_O" not in subset:
-        check_gradients(operands(bias=False, dropped="dropped" in subset), subset)
+        check_gradients(operands(bias=False, dropout=dropout), subset)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
-def test_input_shapes(shape: tuple[int, ...], dropped: bool) -> None:
-    check_gradients(operands(shape, dropped=dropped), ("x", "A_RI", "B_OR", "bias_O"))
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_input_shapes(shape: tuple[int, ...], dropout: float) -> None:
+    check_gradients(operands(shape, dropout=dropout), ("x", "A_RI", "B_OR", "bias_O"))
     with torch.no_grad():
-        given = operands(shape, dropped=dropped)
+        given = operands(shape, dropout=dropout)
         torch.testing.assert_close(ours(**given), theirs(**given), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
+@pytest.mark.parametrize("dropout", [0.0, P, 1.0])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_gradcheck(dropped: bool, bias: bool) -> None:
-    given = operands((3, IN), dropped=dropped, bias=bias)
+def test_gradcheck(dropout: float, bias: bool) -> None:
+    given = operands((3, IN), dropout=dropout, bias=bias)
     learn = [name for name in LEARN if given[name] is not None]
 
     def function(*values: Tensor) -> Tensor:
@@ -92,8 +97,9 @@ def test_gradcheck(dropped: bool, bias: bool) -> None:
     assert torch.autograd.gradcheck(function, [given[name].requires_grad_() for name in learn])
 
 
-def test_layouts_that_are_not_contiguous() -> None:
-    given = operands((6, IN))
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_layouts_that_are_not_contiguous(dropout: float) -> None:
+    given = operands((6, IN), dropout=dropout)
     given["x"] = torch.randn(IN, 2, 3, dtype=F64).permute(2, 1, 0)
     given["W_OI"], given["A_RI"], given["B_OR"] = (
         given[name].t().contiguous().t() for name in ("W_OI", "A_RI", "B_OR")
@@ -111,9 +117,10 @@ def test_a_weight_that_learns_gets_its_gradient() -> None:
     check_gradients(operands(), ("x", "W_OI", "A_RI", "B_OR"))
 
 
-def test_operands_are_not_written_to() -> None:
-    given = operands(dropped=True)
-    before = {name: tensor.clone() for name, tensor in given.items()}
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_operands_are_not_written_to(dropout: float) -> None:
+    given = operands(dropout=dropout)
+    before = {name: tensor.clone() for name, tensor in given.items() if name != "dropout"}
     for name in LEARN:
         given[name].requires_grad_()
     ours(**given).sum().backward()
@@ -126,7 +133,7 @@ def test_operands_are_not_written_to() -> None:
 def saved_for_backward(given: dict[str, Any], dtype: torch.dtype | None = None) -> list[Tensor]:
     """What autograd keeps, the operands that stay in memory anyway left out (x counts)."""
     kept: list[Tensor] = []
-    operands_ = {t.untyped_storage().data_ptr() for name, t in given.items() if t is not None and name in HELD}
+    operands_ = {t.untyped_storage().data_ptr() for name, t in given.items() if name in HELD and t is not None}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in operands_:
@@ -152,22 +159,22 @@ def sizes(kept: list[Tensor]) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
-def test_only_the_input_and_xA_are_kept(dtype: torch.dtype, dropped: bool) -> None:
-    given = operands((50, IN), dtype=dtype, dropped=dropped)
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_only_the_input_and_xA_are_kept(dtype: torch.dtype, dropout: float) -> None:
+    given = operands((50, IN), dtype=dtype, dropout=dropout)
     for name in ("A_RI", "B_OR", "bias_O"):
         given[name].requires_grad_()
     given["x"].requires_grad_()
     kept = saved_for_backward(given)
     itemsize = dtype.itemsize
     assert sizes(kept) == [50 * R * itemsize, 50 * IN * itemsize]
-    held = given["dropped" if dropped else "x"].untyped_storage().data_ptr()
+    held = given["x"].untyped_storage().data_ptr()
     assert held in {tensor.untyped_storage().data_ptr() for tensor in kept}
 
 
-@pytest.mark.parametrize("dropped", [False, True], ids=["same", "dropped"])
-def test_a_frozen_A_keeps_its_few_outputs_and_not_the_input(dropped: bool) -> None:
-    given = operands((50, IN), dtype=torch.float32, dropped=dropped)
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_a_frozen_A_keeps_its_few_outputs_and_not_the_input(dropout: float) -> None:
+    given = operands((50, IN), dtype=torch.float32, dropout=dropout)
     given["B_OR"].requires_grad_()
     given["x"].requires_grad_()
     assert sizes(saved_for_backward(given)) == [50 * R * 4]
@@ -189,14 +196,16 @@ def test_float32_factors_on_a_bfloat16_layer_copy_the_factors_and_not_the_input(
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_autocast(grad: bool) -> None:
-    given = operands((7, IN), dtype=torch.float32, dropped=True)
+@pytest.mark.parametrize("dropout", [0.0, P])
+def test_autocast(grad: bool, dropout: float) -> None:
+    given = operands((7, IN), dtype=torch.float32, dropout=dropout)
     for name in ("x", "A_RI", "B_OR", "bias_O"):
         given[name].requires_grad_(grad)
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
         y = ours(**given)
     assert y.dtype == torch.bfloat16
-    halves = {name: tensor.detach().bfloat16() for name, tensor in given.items()}
+    halves = {name: given[name].detach().bfloat16() for name in given if name != "dropout"}
+    halves["dropout"] = dropout
     with torch.set_grad_enabled(grad):
         plain = ours(**halves)
     assert torch.equal(y.detach(), plain)
@@ -216,14 +225,20 @@ def test_other_dtype_outside_autocast_is_torchs_own_error() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
-    given = operands((4, IN))
+    given = operands((4, IN), dropout=P)
     learn = [given[name].requires_grad_() for name in ("x", "A_RI", "B_OR")]
-    direct = torch.autograd.grad(ours(**given).square().sum(), learn)
 
     def run(x: Tensor) -> Tensor:
-        return ours(**{**given, "x": x})
+        operands_ = (given[name] for name in ("W_OI", "bias_O", "A_RI", "B_OR"))
+        return lora_linear(x, *operands_, SCALING, P)
 
-    checkpoint(run, given["x"], use_reentrant=reentrant).square().sum().backward()
+    torch.manual_seed(3)
+    direct = torch.autograd.grad(run(given["x"]).square().sum(), learn)
+    torch.manual_seed(3)
+    y = checkpoint(run, given["x"], use_reentrant=reentrant)
+    # Whatever is drawn in between, the recomputation draws what the first pass drew.
+    torch.rand(5)
+    y.square().sum().backward()
     for tensor, right in zip(learn, direct, strict=True):
         torch.testing.assert_close(tensor.grad, right, rtol=1e-12, atol=1e-12)
 
@@ -248,6 +263,24 @@ def test_compiles_without_a_graph_break() -> None:
     found, right = torch.autograd.grad(y.sum(), learn), torch.autograd.grad(expected.sum(), learn)
     for one, other in zip(found, right, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_dropout_compiles_too() -> None:
+    given = operands((4000, IN), dtype=torch.float32)
+    learn = [given[name].requires_grad_() for name in ("x", "A_RI", "B_OR")]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return lora_linear(tensors[0], given["W_OI"], given["bias_O"], *tensors[1:], SCALING, P)
+
+    y = torch.compile(run, fullgraph=True, backend="aot_eager")(*learn)
+    plain = F.linear(given["x"], given["W_OI"], given["bias_O"])
+    update = torch.linalg.lstsq(given["B_OR"].double(), (y - plain).detach().double().t() / SCALING).solution
+    # In the mean over many rows the update is that of all of x.
+    expected = given["x"].detach().double() @ given["A_RI"].detach().double().t()
+    slope = (update.t() * expected).sum() / expected.square().sum()
+    assert abs(float(slope) - 1) < 0.1
+    assert not torch.allclose(update.t(), expected, atol=0.1)
+    assert all(gradient is not None for gradient in torch.autograd.grad(y.sum(), learn))
 
 
 def test_an_adapted_layer_compiles_without_a_graph_break() -> None:

@@ -15,10 +15,10 @@ import copy
 from typing import Any, ClassVar, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.base import Into, QuantisedBase, product
+from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import low_rank
 from veneer.kernels.lora_quantised import lora_quantised, runs_plain
 
@@ -133,7 +133,7 @@ class Base(QuantisedBase):
         return low_rank(x, A, B, scaling, bias_O=bias, dropout=dropout)
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
-        return F.dropout(x, dropout) if dropout else x
+        return drop(x, dropout)
 
     def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
         return value_O

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from veneer.core.base import InputBase, product
 from veneer.core.errors import ConfigError, MergeError
+from veneer.kernels.dropout import drop
 
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -98,7 +99,7 @@ class Base(InputBase):
         return y * scaling
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
-        return F.dropout(x, dropout) if dropout else x
+        return drop(x, dropout)
 
     def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
         return value_O.view(-1, *(1 for _ in self.module.kernel_size))

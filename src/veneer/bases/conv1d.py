@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.base import InputBase, product
+from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import lora_linear, low_rank
 
 
@@ -62,11 +62,10 @@ class Base(InputBase):
     def adapted(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
-        dropped = F.dropout(x, dropout) if dropout else None
         own = self.module.bias
         if bias is not None:
             own = own + (bias * scaling).to(own.dtype)
-        return lora_linear(x, self.module.weight.t(), own, A, B, scaling, dropped)
+        return lora_linear(x, self.module.weight.t(), own, A, B, scaling, dropout)
 
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
@@ -74,7 +73,7 @@ class Base(InputBase):
         return low_rank(x, A, B, scaling, bias_O=bias, dropout=dropout)
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
-        return F.dropout(x, dropout) if dropout else x
+        return drop(x, dropout)
 
     def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
         return value_O

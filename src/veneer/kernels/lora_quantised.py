@@ -1,7 +1,7 @@
 """A quantised linear layer with a low-rank update, forward and backward written out.
 
 The frozen product is the library's own. For its backward W is read again, so that neither the dequantised weight nor
-a full-size intermediate result is kept: only the input of A and ``x A^T`` are.
+a full-size intermediate result is kept: only the input and ``x A^T`` are; what dropout took is drawn again.
 
 Shape legend: N tokens, I inputs, O outputs, R rank.
 """
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.lora_linear import add_update, low_rank
+from veneer.kernels import dropout as dropout_
+from veneer.kernels.lora_linear import add_update, dropped_input, input_gradients, low_rank
 
 
 class _LoraQuantised(torch.autograd.Function):
@@ -24,47 +25,35 @@ class _LoraQuantised(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
         bias_O: Tensor | None,
         A_RI: Tensor,
         B_OR: Tensor,
         scaling: float,
+        p: float,
         product: Callable[[Tensor], Tensor],
         read: Callable[[], Tensor],
     ) -> Tensor:
-        in_A = x if dropped is None else dropped
+        ctx.scaling, ctx.read = scaling * dropout_.weight(p), read
         y = product(x)
-        xA_RN = add_update(y.view(-1, y.shape[-1]), in_A, A_RI, B_OR, scaling)
+        xA_RN = add_update(y.view(-1, y.shape[-1]), dropped_input(ctx, x, p), A_RI, B_OR, ctx.scaling)
         # The input is kept for A's gradient alone, and what comes out of A for B's.
-        keep_in, keep_out = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(in_A if keep_in else None, xA_RN if keep_out else None, A_RI, B_OR)
-        ctx.shape = in_A.shape
-        ctx.scaling, ctx.read, ctx.has_dropped = scaling, read, dropped is not None
+        keep_in, keep_out = ctx.needs_input_grad[2:4]
+        ctx.save_for_backward(x if keep_in else None, xA_RN if keep_out else None, A_RI, B_OR)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        in_A, xA_RN, A_RI, B_OR = ctx.saved_tensors
-        need_x, need_dropped, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        x, xA_RN, A_RI, B_OR = ctx.saved_tensors
+        need_x, need_bias, _, need_B = ctx.needs_input_grad[:4]
         g_NO = grad.reshape(-1, grad.shape[-1])
         gB_RN = (B_OR.t() @ g_NO.t()).mul_(ctx.scaling)
-        d_x = d_dropped = d_bias = d_A = d_B = None
-        if need_B:
-            d_B = (xA_RN @ g_NO).t().mul(ctx.scaling).contiguous()
-        if need_A:
-            d_A = gB_RN @ in_A.reshape(-1, in_A.shape[-1])
-        if need_x:
-            d_x = g_NO @ ctx.read().to(g_NO.dtype)
-            if not ctx.has_dropped:
-                d_x.addmm_(gB_RN.t(), A_RI)
-            d_x = d_x.view(ctx.shape)
-        if need_dropped:
-            d_dropped = (gB_RN.t() @ A_RI).view(ctx.shape)
-        if need_bias:
-            d_bias = g_NO.sum(0, dtype=ctx.bias_dtype)
-        return d_x, d_dropped, d_bias, d_A, d_B, None, None, None
+        d_B = (xA_RN @ g_NO).t().mul(ctx.scaling).contiguous() if need_B else None
+        through_W = g_NO @ ctx.read().to(g_NO.dtype) if need_x else None
+        d_x, d_A = input_gradients(ctx, x, A_RI, gB_RN, through_W)
+        d_bias = g_NO.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+        return d_x, d_bias, d_A, d_B, None, None, None, None
 
 
 def lora_quantised(
@@ -99,13 +88,14 @@ def lora_quantised(
         # Which product runs in which precision is autocast's to choose.
         y = product(x)
         return y + low_rank(x, A_RI, B_OR, scaling, bias_O=None, dropout=dropout).to(y.dtype)
-    dropped = F.dropout(x, dropout) if dropout else None
     A, B = A_RI.to(x.dtype), B_OR.to(x.dtype)
     if not torch.is_grad_enabled():
         y = product(x)
-        add_update(y.view(-1, y.shape[-1]), x if dropped is None else dropped, A, B, scaling)
+        add_update(y.view(-1, y.shape[-1]), F.dropout(x, dropout) if dropout else x, A, B, scaling)
         return y
-    out: Tensor = _LoraQuantised.apply(x, dropped, bias_O, A, B, scaling, product, read)  # type: ignore[no-untyped-call]
+    if dropout and not dropout_.repeatable(x):
+        return product(x) + low_rank(x, A, B, scaling, bias_O=None, dropout=dropout)
+    out: Tensor = _LoraQuantised.apply(x, bias_O, A, B, scaling, dropout, product, read)  # type: ignore[no-untyped-call]
     return out
 
 
