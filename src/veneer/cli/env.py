@@ -63,6 +63,8 @@ def _version(package: str) -> str | None:
 def _devices() -> dict[str, Any]:
     import torch
 
+    from veneer.engine.allocator import allocator
+
     cuda = torch.cuda.is_available()
     return {
         "used": "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu",
@@ -71,6 +73,7 @@ def _devices() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "allocator": allocator(),
     }
 
 

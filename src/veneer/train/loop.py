@@ -21,6 +21,7 @@ from veneer.core.disk import write_text
 from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.core.records import RunRecord
 from veneer.data.collate import tokens
+from veneer.engine.allocator import keep_freed_memory
 from veneer.optimizers import second_factors
 from veneer.tasks.task import Tally, measure
 from veneer.train import checkpoint
@@ -87,6 +88,7 @@ def train(
     """
     from accelerate.utils import set_seed
 
+    keep_freed_memory()
     accelerator = _accelerator(config.precision)
     set_seed(config.seed)
     plan = prepare(
