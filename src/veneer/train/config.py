@@ -17,6 +17,7 @@ from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
 from veneer.tasks.quantise import Quantisation
 from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
+from veneer.train.optimisers import OptimiserName
 
 Method = Literal["lora", "full", "head"]
 
@@ -81,8 +82,10 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Steps over which the learning rate rises: a share of all steps below 1, a number of steps from 1 on."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     """How many times as fast B learns as A (LoRA+, arXiv 2402.12354, which suggests 16); without it, as fast."""
+    optimizer: OptimiserName = "adamw"
+    """The optimiser; 8 bits of state and paging to main memory are bitsandbytes'."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's weight decay, on matrices only."""
+    """The weight decay, on matrices only."""
     clip: float | None = Field(1.0, gt=0)
     """The largest norm of the gradient; null does not clip."""
     gradient_checkpointing: bool = False

@@ -30,7 +30,7 @@ from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
 from veneer.train.log import LOG_NAME, ProgressBar, RunLog, finite, peak_memory
 from veneer.train.methods import checkpointing
-from veneer.train.optimisers import adamw, scheduled
+from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan, prepare
 
 if TYPE_CHECKING:
@@ -127,15 +127,17 @@ class Loop:
         self.accelerator = accelerator
         self.folder = Path(plan.config.output).expanduser()
         self.bare = plan.trained.model
-        optimiser = adamw(
+        made = optimiser(
+            plan.config.optimizer,
             self.bare.parameters(),
             learning_rate=plan.config.learning_rate,
             weight_decay=plan.config.weight_decay,
             faster=self._faster(),
             ratio=plan.config.loraplus_lr_ratio or 1.0,
+            device=accelerator.device.type,
         )
-        self.schedule = scheduled(optimiser, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
-        self.model, self.optimiser = accelerator.prepare(self.bare, optimiser)
+        self.schedule = scheduled(made, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
+        self.model, self.optimiser = accelerator.prepare(self.bare, made)
         self.interrupt = Interrupt(self._on_interrupt)
         self.step = 0
         self.tokens = 0

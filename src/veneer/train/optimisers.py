@@ -1,32 +1,51 @@
-"""AdamW and the learning rate over time."""
+"""The optimisers by name, and the learning rate over time."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from veneer.core.errors import UsageError
 
-def adamw(
+OptimiserName = Literal[
+    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adafactor", "sgd"
+]
+"""transformers' names. A number of bits means bitsandbytes; ``adamw`` is torch's, fused where it can be."""
+
+
+def optimiser(
+    name: OptimiserName,
     parameters: Iterable[nn.Parameter],
     *,
     learning_rate: float,
     weight_decay: float,
     faster: Iterable[nn.Parameter] = (),
     ratio: float = 1.0,
-) -> AdamW:
-    """AdamW, fused where the device has it. Vectors (biases, norms) do not decay.
+    device: str = "cpu",
+) -> Optimizer:
+    """An optimiser over what learns of the parameters. Vectors (biases, norms) do not decay.
+
+    >>> optimiser("adamw_8bit", model.parameters(), learning_rate=2e-4, weight_decay=0.0)
 
     Args:
+        name: which. Of bitsandbytes', tensors below 4096 elements keep a state of 32 bits.
         parameters: those that do not learn are left out.
         learning_rate: in step units.
         weight_decay: of matrices.
         faster: parameters among them that learn ``ratio`` times as fast (LoRA+).
         ratio: see ``faster``.
+        device: the type of device that will run the steps.
+
+    Raises:
+        UsageError: it needs bitsandbytes, which is not installed.
     """
     fast = {id(parameter) for parameter in faster}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -41,14 +60,55 @@ def adamw(
         },
     ]
     groups = [group for group in groups if group["params"]]
+    return _made(name, groups, learning_rate, paged=name.startswith("paged_") and device != "cpu")
+
+
+def remarks(name: OptimiserName, device: str) -> tuple[str, ...]:
+    """What is to be said of an optimiser on a device type, in sentences."""
+    if name.startswith("paged_") and device == "cpu":
+        return (f"optimizer={name} pages nothing on a CPU; it is {name.removeprefix('paged_')} here.",)
+    return ()
+
+
+def check_installed(name: OptimiserName) -> None:
+    """Raise UsageError when an optimiser needs a package that is not there."""
+    if "bit" in name and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"optimizer={name} needs bitsandbytes, which is not installed: pip install 'veneer[quant]'.")
+
+
+def _made(name: str, groups: list[dict[str, Any]], rate: float, *, paged: bool) -> Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=rate)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # Its own rates would leave a factor that starts at zero where it is.
+        return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+    if name != "adamw":
+        return _of_bitsandbytes(name, groups, rate, paged=paged)
     try:
-        return AdamW(groups, lr=learning_rate, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
     except RuntimeError:
         # Which devices have a fused step differs between torch releases; it says so itself.
-        return AdamW(groups, lr=learning_rate)
+        return torch.optim.AdamW(groups, lr=rate)
 
 
-def scheduled(optimiser: torch.optim.Optimizer, name: str, *, steps: int, warmup: float) -> LambdaLR:
+def _of_bitsandbytes(name: str, groups: list[dict[str, Any]], rate: float, *, paged: bool) -> Optimizer:
+    check_installed(name)  # type: ignore[arg-type]
+    # It says on import which optional speed-ups it misses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes import optim
+
+    classes: dict[str, Any] = {
+        "adamw_8bit": optim.AdamW8bit,
+        "adamw_32bit": optim.AdamW32bit,
+        "lion_8bit": optim.Lion8bit,
+    }
+    made: Optimizer = classes[name.removeprefix("paged_")](groups, lr=rate, is_paged=paged)
+    return made
+
+
+def scheduled(optimiser: Optimizer, name: str, *, steps: int, warmup: float) -> LambdaLR:
     """A scheduler to be stepped once after each optimiser step.
 
     Args:

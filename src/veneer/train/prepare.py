@@ -20,6 +20,7 @@ from veneer.tasks import task as tasks
 from veneer.tasks.task import AbstractTask, Piece, longest_input
 from veneer.train.config import RunConfig
 from veneer.train.methods import Trained, prepared
+from veneer.train.optimisers import check_installed, remarks
 from veneer.train.starts import gathering
 
 if TYPE_CHECKING:
@@ -76,10 +77,13 @@ def prepare(
     Raises:
         UsageError, ConfigError, DataError: whatever is wrong, in one sentence.
     """
+    from accelerate import PartialState
+
     from veneer.tasks.loading import load_config, load_model, load_tokenizer
 
     task = tasks.get(config.task)
     check_free(Path(config.output).expanduser())
+    check_installed(config.optimizer)
     if config.model is None and (model is None or tokenizer is None):
         raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
     rows, held_out_rows, notes = _rows(config, train_rows, eval_rows)
@@ -112,7 +116,7 @@ def prepare(
         train_set=train_set,
         held_out=held_out,
         trained=trained,
-        notes=(*notes, *said, *trained.notes, *decided),
+        notes=(*notes, *said, *trained.notes, *decided, *remarks(config.optimizer, PartialState().device.type)),
         batching=batching,
         steps=steps,
     )
