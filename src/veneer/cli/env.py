@@ -64,16 +64,19 @@ def _devices() -> dict[str, Any]:
     import torch
 
     from veneer.engine.allocator import allocator
+    from veneer.engine.precision import measure
 
     cuda = torch.cuda.is_available()
+    used = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
     return {
-        "used": "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu",
+        "used": used,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "allocator": allocator(),
+        "precision_auto": str(measure(512, torch.device(used))),
     }
 
 

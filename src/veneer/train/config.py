@@ -92,8 +92,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Compute activations again in the backward pass instead of keeping them: slower, with less memory."""
     quantize: Quantisation | None = None
     """Store the frozen base's linear layers in 4 or 8 bits (QLoRA); needs bitsandbytes and method lora."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """The arithmetic of the forward pass; what is trained stays in fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """The arithmetic of the forward pass; what is trained stays in fp32. auto measures which one is faster here."""
     max_length: int = Field(1024, ge=2)
     """Tokens after which an example is cut."""
     train_on: Literal["completion", "all"] = "completion"

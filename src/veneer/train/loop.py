@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -25,6 +26,7 @@ from veneer.engine.allocator import keep_freed_memory
 from veneer.optimizers import second_factors
 from veneer.tasks.task import Tally, measure
 from veneer.train import checkpoint
+from veneer.train.arithmetic import settled
 from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
@@ -89,6 +91,7 @@ def train(
     from accelerate.utils import set_seed
 
     keep_freed_memory()
+    config, measured = settled(config, model)
     accelerator = _accelerator(config.precision)
     set_seed(config.seed)
     plan = prepare(
@@ -99,6 +102,7 @@ def train(
         eval_rows=eval_rows,
         processes=accelerator.num_processes,
     )
+    plan = dataclasses.replace(plan, notes=(*measured, *plan.notes))
     if on_ready is not None and accelerator.is_main_process:
         on_ready(plan)
     # A slower process must have found the folder empty before the first one writes into it.
