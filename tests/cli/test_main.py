@@ -31,7 +31,7 @@ RUN_FIELDS = (
         "warmup",
         "loraplus_lr_ratio",
     ),
-    *("weight_decay", "clip"),
+    *("optimizer", "weight_decay", "clip"),
     *("gradient_checkpointing", "quantize", "precision", "max_length", "train_on", "seed", "log_every", "eval_every"),
 )
 RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from veneer.core.errors import UsageError
 from veneer.train import optimisers
-from veneer.train.optimisers import OptimiserName, factor, optimiser, remarks, scheduled
+from veneer.train.config import OptimiserName
+from veneer.train.optimisers import factor, optimiser, remarks, scheduled
 
 
 @pytest.mark.parametrize(("name", "end"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])

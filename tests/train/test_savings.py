@@ -10,9 +10,8 @@ import torch
 
 from tests import chat
 from veneer.engine import precision
-from veneer.train.config import RunConfig
+from veneer.train.config import OptimiserName, RunConfig
 from veneer.train.loop import RunResult, train
-from veneer.train.optimisers import OptimiserName
 
 
 def run(folder: Path, *, model: Any = None, **settings: Any) -> RunResult:

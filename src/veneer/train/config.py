@@ -17,9 +17,13 @@ from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
 from veneer.tasks.quantise import Quantisation
 from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
-from veneer.train.optimisers import OptimiserName
 
 Method = Literal["lora", "full", "head"]
+
+OptimiserName = Literal[
+    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adafactor", "sgd"
+]
+"""transformers' names. A number of bits means bitsandbytes; ``adamw`` is torch's, fused where it can be."""
 
 LEARNING_RATES: dict[Method, float] = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
 """The learning rate of each method when none is given."""

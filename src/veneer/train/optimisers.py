@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from veneer.core.errors import UsageError
-
-OptimiserName = Literal[
-    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adafactor", "sgd"
-]
-"""transformers' names. A number of bits means bitsandbytes; ``adamw`` is torch's, fused where it can be."""
+from veneer.train.config import OptimiserName
 
 
 def optimiser(
