@@ -32,7 +32,18 @@ RUN_FIELDS = (
         "loraplus_lr_ratio",
     ),
     *("optimizer", "weight_decay", "clip"),
-    *("gradient_checkpointing", "quantize", "precision", "max_length", "train_on", "seed", "log_every", "eval_every"),
+    *(
+        "checkpoint",
+        "memory_limit",
+        "offload_activations",
+        "quantize",
+        "precision",
+        "max_length",
+        "train_on",
+        "seed",
+        "log_every",
+        "eval_every",
+    ),
 )
 RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"}
 SURFACE = {

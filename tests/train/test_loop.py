@@ -133,7 +133,7 @@ def test_a_model_that_cannot_pack_is_padded_or_refused(tmp_path: Path) -> None:
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
     plain = run(tmp_path / "a", epochs=1)
-    checkpointed = run(tmp_path / "b", epochs=1, gradient_checkpointing=True)
+    checkpointed = run(tmp_path / "b", epochs=1, checkpoint="on")
     assert not checkpointed.model.is_gradient_checkpointing
     for name, tensor in trained_tensors(plain.model).items():
         torch.testing.assert_close(dict(checkpointed.model.named_parameters())[name], tensor)

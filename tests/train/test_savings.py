@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from tests import chat
-from veneer.engine import precision
+from veneer.core.errors import ConfigError
+from veneer.engine import checkpointing, precision, room
 from veneer.train.config import OptimiserName, RunConfig
 from veneer.train.loop import RunResult, train
+from veneer.train.savings import size
 
 
 def run(folder: Path, *, model: Any = None, **settings: Any) -> RunResult:
@@ -48,3 +51,105 @@ def test_auto_computes_in_what_was_measured(tmp_path: Path, faster: str, monkeyp
     # Whoever goes on with this run finds the choice, not the question.
     assert RunConfig.read(tmp_path / "auto/run.yaml").precision == faster
     assert auto.record.train_loss == plain.record.train_loss
+
+
+def weights(result: RunResult) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in result.model.named_parameters() if p.requires_grad}
+
+
+def noted(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "checkpoint"]
+
+
+@pytest.mark.parametrize("checkpoint", ["on", "1", "2"])
+def test_checkpointing_changes_no_bit(tmp_path: Path, checkpoint: str) -> None:
+    plain = run(tmp_path / "a", lora_dropout=0.2)
+    result = run(tmp_path / "b", lora_dropout=0.2, checkpoint=checkpoint)
+    assert not result.model.is_gradient_checkpointing
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(result)[name])
+
+
+def test_auto_takes_as_few_layers_as_the_limit_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit just above what the process holds: with room for all, for some, and for none of the layers."""
+    monkeypatch.setattr(room, "held", lambda device: 1_000_000_000)
+    chosen: list[int | None] = []
+    real = checkpointing.checkpoint_layers
+
+    def watched(model: Any, count: int | None = None) -> None:
+        chosen.append(count)
+        real(model, count)
+
+    monkeypatch.setattr(checkpointing, "checkpoint_layers", watched)
+    plain = run(tmp_path / "plain", lora_dropout=0.2)
+    limit = "2GB"
+    for layers in (0, 1, 2):
+        chosen.clear()
+        folder = tmp_path / str(layers)
+        result = run(folder, checkpoint="auto", memory_limit=limit, lora_dropout=0.2)
+        (note,) = noted(folder)
+        assert note["layers"] == layers
+        assert note["message"].startswith("checkpoint=auto: the largest batch takes ")
+        assert f"{layers} of 2 are checkpointed" in note["message"]
+        assert ("Even so" in note["message"]) == (layers == 2)
+        assert chosen == ([layers, 0] if layers else [])
+        # What was needed fits; with one byte less another layer is computed twice, or all are and it is said.
+        limit = f"{(note['needed'] - 1) / 1e3:.3f}KB" if not layers else "1GB"
+        for name, tensor in weights(plain).items():
+            assert torch.equal(tensor, weights(result)[name])
+
+
+def test_auto_without_a_limit_takes_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "held", lambda device: 1_000_000_000)
+    monkeypatch.setattr(room, "free", lambda device: 2_000_000_000)
+    run(tmp_path / "run", checkpoint="auto")
+    assert "to stay within 2.80 GB, 0 of 2" in noted(tmp_path / "run")[0]["message"]
+    monkeypatch.setattr(room, "free", lambda device: None)
+    with pytest.raises(ConfigError, match="needs a memory_limit here"):
+        run(tmp_path / "other", checkpoint="auto")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4GB", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("512MiB", 2**29), ("10KB", 10**4), ("1TB", 10**12)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert size(text) == count
+
+
+def test_old_and_other_spellings() -> None:
+    def checkpoint(**given: Any) -> str:
+        return RunConfig(output="x", target_modules="all-linear", **given).checkpoint
+
+    assert checkpoint() == checkpoint(gradient_checkpointing=False) == checkpoint(checkpoint=False) == "off"
+    assert checkpoint(gradient_checkpointing=True) == checkpoint(checkpoint=True) == "on"
+    assert checkpoint(checkpoint=3) == checkpoint(checkpoint="3") == "3"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"checkpoint": "some"}, "checkpoint is 'some'"),
+        ({"checkpoint": 0}, "checkpoint is '0'"),
+        ({"checkpoint": "on", "gradient_checkpointing": True}, "Both checkpoint and gradient_checkpointing"),
+        ({"memory_limit": "4GB"}, "memory_limit has no meaning with checkpoint=off"),
+        ({"memory_limit": "4", "checkpoint": "auto"}, "memory_limit is '4'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RunConfig(output="x", target_modules="all-linear", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"checkpoint": "3"}, "checkpoint is 3, but LlamaForCausalLM has 2 layers"),
+        ({"offload_activations": True}, "offload_activations moves activations from a GPU .* this run is on cpu"),
+    ],
+)
+def test_what_this_model_or_machine_cannot_is_refused(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()

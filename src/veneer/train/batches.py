@@ -33,6 +33,20 @@ def batches_from(plan: Plan, start: int, *, process: int, device: torch.device) 
             yield [_batch(plan, micro, device) for micro in step[process]]
 
 
+def largest(plan: Plan, *, process: int, device: torch.device) -> dict[str, Any]:
+    """The micro-batch with the most tokens, padding included, of a process's share of the first pass."""
+    lengths = plan.train_set.lengths
+
+    def tokens(micro: Micro) -> int:
+        each = [lengths[index] for index in micro.indices]
+        return sum(each) if plan.batching.packed else len(each) * max(each)
+
+    micros = [micro for step in plan.batching.steps(0) for micro in step[process]]
+    batch = _batch(plan, max(micros, key=tokens), device)
+    del batch["origins"]
+    return batch
+
+
 def _batch(plan: Plan, micro: Micro, device: torch.device) -> dict[str, Any]:
     examples = [plan.train_set.examples[index] for index in micro.indices]
     if not micro.counts:

@@ -92,8 +92,13 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """The weight decay, on matrices only."""
     clip: float | None = Field(1.0, gt=0)
     """The largest norm of the gradient; null does not clip."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: slower, with less memory."""
+    checkpoint: str = Field("off", pattern=r"^(off|on|auto|[1-9]\d*)$")
+    """Layers that compute their activations again instead of keeping them: off, on (all), a number, or auto (as few as
+    the memory allows)."""
+    memory_limit: str | None = Field(None, pattern=r"^\d+(\.\d+)? ?[KMGT]i?B$")
+    """What checkpoint=auto lets the process take in all, as in 4GB; without it, nine tenths of what is free."""
+    offload_activations: bool = False
+    """Keep activations in main memory until the backward pass needs them; on a GPU only."""
     quantize: Quantisation | None = None
     """Store the frozen base's linear layers in 4 or 8 bits (QLoRA); needs bitsandbytes and method lora."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -115,11 +120,13 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_sentence(error, type(self))) from None
+        self._check_savings()
         self._check_adapter_fields()
 
     @model_validator(mode="before")
     @classmethod
     def _customary_rate(cls, values: Any) -> Any:
+        values = _with_checkpoint(values)
         method = values.get("method", "lora")
         if values.get("learning_rate") is None and method in LEARNING_RATES:
             values = {**values, "learning_rate": LEARNING_RATES[method]}
@@ -138,6 +145,12 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
         if FAMILIES[self.family] is AdaLoraConfig:
             values["total_step"] = self.tinit + self.tfinal + 1
         return FAMILIES[self.family](**values, task_type=task_type)
+
+    def _check_savings(self) -> None:
+        if self.memory_limit is not None and self.checkpoint != "auto":
+            raise ConfigError(
+                f"memory_limit has no meaning with checkpoint={self.checkpoint}; it is for checkpoint=auto."
+            )
 
     def _check_adapter_fields(self) -> None:
         if self.method == "lora":
@@ -187,6 +200,18 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
         values = self.to_dict()
         ordered = {name: values[name] for name in (*own, *adapter_fields()) if name in values}
         return str(yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True))
+
+
+def _with_checkpoint(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields with ``checkpoint`` as text: YAML reads on and off as truths; transformers' name stands for it."""
+    if "gradient_checkpointing" in values:
+        if "checkpoint" in values:
+            raise ConfigError("Both checkpoint and gradient_checkpointing are given; they are the same, so keep one.")
+        values = {("checkpoint" if name == "gradient_checkpointing" else name): v for name, v in values.items()}
+    given = values.get("checkpoint")
+    if isinstance(given, bool):
+        return {**values, "checkpoint": "on" if given else "off"}
+    return {**values, "checkpoint": str(given)} if isinstance(given, int) else values
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
 from veneer.train.log import LOG_NAME, ProgressBar, RunLog, finite, peak_memory
-from veneer.train.methods import checkpointing
 from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan, prepare
+from veneer.train.savings import saving
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -173,8 +173,9 @@ class Loop:
         self.log = RunLog(self.folder)
         self._begin()
         interrupted = False
-        checkpointed = checkpointing(self.bare, self.config.gradient_checkpointing)
-        with ProgressBar(console, self.plan.steps) as self.bar, checkpointed, self.interrupt:
+        self.bar = ProgressBar(console, self.plan.steps)
+        saved = saving(self.plan, self.model, self.accelerator, self.log, self.bar)
+        with self.bar, saved, self.interrupt:
             try:
                 self.before = self._measure()
                 self._steps()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +12,7 @@ from veneer.adapters.kbit import bytes_per_weight, quantised_slots
 from veneer.adapters.model import PeftModel, get_peft_model
 from veneer.core.errors import ConfigError
 from veneer.core.task_type import TaskType
+from veneer.engine import checkpointing, room
 from veneer.train.config import RunConfig
 from veneer.train.starts import Gather
 
@@ -47,8 +45,7 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType, gat
     Raises:
         ConfigError: the method or the adapter's config has no meaning on this model.
     """
-    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise ConfigError(f"{type(model).__name__} does not support gradient_checkpointing; leave it off.")
+    _check_savings(config, model)
     if config.method == "lora":
         adapter, read = config.adapter(task_type), tuple[str, ...]()
         if gather is not None:
@@ -68,6 +65,35 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType, gat
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Trained(model, trainable, sum(p.numel() for p in model.parameters()), tuple(notes))
+
+
+def _check_savings(config: RunConfig, model: PreTrainedModel) -> None:
+    """Refuse what cannot be saved on this model or machine.
+
+    Raises:
+        ConfigError: no layers to checkpoint or not so many; nothing to measure by; activations that are to leave a CPU.
+    """
+    from accelerate.state import AcceleratorState
+
+    wanted = config.checkpoint
+    if wanted != "off":
+        checkpointing.check(model, int(wanted) if wanted.isdigit() else None)
+    if wanted not in ("off", "on") and not checkpointing.blocks(model):
+        raise ConfigError(f"{type(model).__name__} has no layers to checkpoint one by one; use checkpoint=on.")
+    if wanted != "auto" and not config.offload_activations:
+        return
+    state = AcceleratorState()
+    if state.distributed_type in ("FSDP", "DEEPSPEED"):
+        option = "checkpoint=auto" if wanted == "auto" else "offload_activations"
+        kind = state.distributed_type.value
+        raise ConfigError(f"{option} needs whole parameters, and {kind} splits them; use checkpoint=on.")
+    if wanted == "auto" and config.memory_limit is None and room.free(state.device) is None:
+        raise ConfigError("checkpoint=auto needs a memory_limit here: this system does not say how much is free.")
+    if config.offload_activations and state.device.type != "cuda":
+        raise ConfigError(
+            f"offload_activations moves activations from a GPU to main memory, and this run is on {state.device.type}; "
+            "leave it out, or use checkpoint=auto."
+        )
 
 
 def _storage(adapted: PeftModel) -> tuple[str, ...]:
@@ -100,26 +126,3 @@ def _free_head(model: PreTrainedModel) -> list[str]:
         )
     head.requires_grad_(True)
     return notes
-
-
-@contextlib.contextmanager
-def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing for the length of a run; a model that is used afterwards gets its cache back."""
-    if not wanted:
-        yield
-        return
-    _switch_checkpointing(model, on=True)
-    try:
-        yield
-    finally:
-        _switch_checkpointing(model, on=False)
-
-
-def _switch_checkpointing(model: Any, *, on: bool) -> None:
-    with warnings.catch_warnings():
-        # transformers renamed these within version 5; the old names work in all of 5.
-        warnings.simplefilter("ignore", FutureWarning)
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
