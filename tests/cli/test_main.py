@@ -43,6 +43,7 @@ RUN_FIELDS = (
         "seed",
         "log_every",
         "eval_every",
+        "track",
     ),
 )
 RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"}

@@ -25,6 +25,19 @@ OptimiserName = Literal[
 ]
 """transformers' names. A number of bits means bitsandbytes; ``adamw`` is torch's, fused where it can be."""
 
+TRACKERS = {
+    "aim": "aim",
+    "clearml": "clearml",
+    "comet_ml": "comet-ml",
+    "dvclive": "dvclive",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""accelerate's trackers, with the package that each needs."""
+
 LEARNING_RATES: dict[Method, float] = {"lora": 2e-4, "full": 2e-5, "head": 1e-3}
 """The learning rate of each method when none is given."""
 
@@ -113,6 +126,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Steps between two lines of the log."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between two measurements on the held-out data; without it, one after each epoch."""
+    track: str | None = None
+    """Where else to write the curves, as in tensorboard,wandb: any of accelerate's trackers."""
 
     def __init__(self, **values: Any) -> None:
         # pydantic's own error is a page; here it becomes the one sentence that users see.
@@ -121,6 +136,7 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
         except ValidationError as error:
             raise ConfigError(_sentence(error, type(self))) from None
         self._check_savings()
+        self.trackers()
         self._check_adapter_fields()
 
     @model_validator(mode="before")
@@ -145,6 +161,20 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
         if FAMILIES[self.family] is AdaLoraConfig:
             values["total_step"] = self.tinit + self.tfinal + 1
         return FAMILIES[self.family](**values, task_type=task_type)
+
+    def trackers(self) -> list[str]:
+        """The names in ``track``, each once.
+
+        Raises:
+            ConfigError: a name that is no tracker's.
+        """
+        names = list(dict.fromkeys(name.strip() for name in (self.track or "").split(",") if name.strip()))
+        for name in names:
+            if name not in TRACKERS:
+                raise ConfigError(
+                    f"track has no {name!r}; expected any of {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}"
+                )
+        return names
 
     def _check_savings(self) -> None:
         if self.memory_limit is not None and self.checkpoint != "auto":

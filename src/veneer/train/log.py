@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 import torch
 
 from veneer.core.errors import DiskError
+from veneer.train.trackers import TENSORBOARD, Trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,11 +25,24 @@ LOG_NAME = "log.jsonl"
 
 @final
 class RunLog:
-    """Appends events to ``log.jsonl``; each line is on disk before the next step begins."""
+    """Appends events to ``log.jsonl``, each line on disk before the next step begins, and passes them to trackers.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the run folder.
+        trackers: finished when the log is left as a context.
+    """
+
+    def __init__(self, folder: Path, trackers: Trackers | None = None) -> None:
         self.path = folder / LOG_NAME
+        self.trackers = trackers
         self.began = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.trackers is not None:
+            self.trackers.finish()
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event with the seconds since the run began; a number that is not finite is written as null.
@@ -40,6 +56,16 @@ class RunLog:
                 stream.write(json.dumps(line) + "\n")
         except OSError as error:
             raise DiskError(f"Could not write {self.path}: {error.strerror or error}.") from error
+        if self.trackers is not None:
+            self.trackers.log(event, values)
+
+    def undo(self) -> None:
+        """Remove the log, and the folder if nothing else is in it."""
+        self.__exit__(None, None, None)
+        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.path.parent / TENSORBOARD, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
 
 
 def finite(value: Any) -> Any:

@@ -30,10 +30,11 @@ from veneer.train.arithmetic import settled
 from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
-from veneer.train.log import LOG_NAME, ProgressBar, RunLog, finite, peak_memory
+from veneer.train.log import ProgressBar, RunLog, finite, peak_memory
 from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan, prepare
 from veneer.train.savings import saving
+from veneer.train.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -170,12 +171,12 @@ class Loop:
 
     def run(self, console: Console | None) -> RunResult:
         """All steps, with the measurements around them."""
-        self.log = RunLog(self.folder)
+        self.log = RunLog(self.folder, Trackers(self.config))
         self._begin()
         interrupted = False
         self.bar = ProgressBar(console, self.plan.steps)
         saved = saving(self.plan, self.model, self.accelerator, self.log, self.bar)
-        with self.bar, saved, self.interrupt:
+        with self.log, self.bar, saved, self.interrupt:
             try:
                 self.before = self._measure()
                 self._steps()
@@ -220,10 +221,8 @@ class Loop:
 
     def _undo(self) -> None:
         """Nothing was learned: leave no folder that would be in the way of the next attempt."""
-        for name in (CONFIG_NAME, LOG_NAME):
-            (self.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        (self.folder / CONFIG_NAME).unlink(missing_ok=True)
+        self.log.undo()
 
     def _steps(self) -> None:
         self.model.train()

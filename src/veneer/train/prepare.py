@@ -22,6 +22,7 @@ from veneer.train.config import RunConfig
 from veneer.train.methods import Trained, prepared
 from veneer.train.optimisers import check_installed, remarks
 from veneer.train.starts import gathering
+from veneer.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,6 +84,7 @@ def prepare(
 
     task = tasks.get(config.task)
     check_free(Path(config.output).expanduser())
+    check_trackers(config)
     check_installed(config.optimizer)
     if config.model is None and (model is None or tokenizer is None):
         raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
