@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def test_another_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(room, "_STATM", tmp_path / "none")
     assert room.free(CPU) is None
     assert room.held(CPU) == 0
+
+
+def test_the_highest_of_what_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([5, 9, 30])
+    looked = threading.Event()
+
+    def held(device: torch.device) -> int:
+        found = next(moments, 7)
+        if found == 30:
+            looked.set()
+        return found
+
+    monkeypatch.setattr(room, "held", held)
+    with room.highest(CPU, every=0.0) as most:
+        assert looked.wait(60)
+    assert most == [30]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from veneer.engine import checkpointing, room
@@ -66,16 +68,32 @@ def layers_of(checkpoint: str) -> int | None:
 
 
 def _chosen(plan: Plan, model: nn.Module, accelerator: Accelerator, log: RunLog, bar: ProgressBar) -> int:
-    """The fewest layers with which every process stays within its limit."""
+    """The fewest layers with which every process stays within its limit.
+
+    Two passes over the largest batch: one tells what each layer keeps, and one with all layers checkpointed what is
+    alive at the same time even so.
+    """
     from accelerate.utils import gather_object
 
     device, limit = accelerator.device, plan.config.memory_limit
     held = room.held(device)
-    taken = held + _STATES * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    taken = held + _STATES * sum(p.nbytes for p in learning)
     most = size(limit) if limit is not None else held + int(_SHARE * (room.free(device) or 0))
     batch = largest(plan, process=accelerator.process_index, device=device)
     model.train()
     kept = checkpointing.measure(model, lambda: plan.task.loss(model, batch))
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    checkpointing.checkpoint_layers(bare, None)
+    try:
+        with room.highest(device) as top, torch.random.fork_rng():
+            plan.task.loss(model, batch).total.backward()  # type: ignore[no-untyped-call]
+    finally:
+        checkpointing.checkpoint_layers(bare, 0)
+        model.zero_grad()
+    # What comes and goes while it computes, above all the logits, is in no list of what is kept.
+    passing = top[0] - held - sum(p.nbytes for p in learning) - kept.peak(len(kept.layers))
+    kept = dataclasses.replace(kept, rest=kept.rest + max(0, passing))
     count = max(gather_object([kept.needed(most - taken)]))
     text = told(kept, count, taken=taken, limit=most)
     if accelerator.is_main_process:
