@@ -25,6 +25,7 @@ RUN_FIELDS = (
         "batch_size",
         "accumulation",
         "packing",
+        "kernels",
         "max_tokens",
         "learning_rate",
         "schedule",

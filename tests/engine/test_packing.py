@@ -10,7 +10,7 @@ from veneer.core.errors import ConfigError
 from veneer.data.encode import Encoded
 from veneer.data.packing import pack
 from veneer.engine import attention
-from veneer.engine.packing import check_packing, use_packing
+from veneer.engine.packing import use_packing
 
 LENGTHS = (9, 4, 4, 1, 13)
 
@@ -29,7 +29,7 @@ def packed(parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NOT_PACKED))
 def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(family: str, training: bool) -> None:
     reference, model = make(family), make(family)
-    assert use_packing(model) is None
+    assert use_packing(model).reason is None
     assert model.config._attn_implementation == attention.NAME
     reference.train(training)
     model.train(training)
@@ -70,18 +70,27 @@ def test_generation_is_as_before(family: str) -> None:
 def test_models_that_would_mix_sequences_stay_as_they_are(family: str) -> None:
     model = make(family)
     before = model.config._attn_implementation
-    reason = use_packing(model)
-    assert reason is not None
-    assert type(model).__name__ in reason
+    packing = use_packing(model)
+    assert packing.reason is not None
+    assert type(model).__name__ in packing.reason
     assert model.config._attn_implementation == before
     assert not model.training
     with pytest.raises(ConfigError, match=r"packing=on is not possible: .*auto"):
-        check_packing(reason)
+        packing.check()
+
+
+@pytest.mark.parametrize("family", ["Llama", "OPT"])
+def test_it_is_taken_back(family: str) -> None:
+    model = make(family)
+    packing = use_packing(model)
+    packing.undo()
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_pre_hooks
 
 
 def test_an_adapted_model_packs_too() -> None:
     model = get_peft_model(make("Llama"), LoraConfig(target_modules="all-linear"))
-    assert use_packing(model) is None
+    assert use_packing(model).reason is None
     parts = sequences()
     with torch.no_grad():
         alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in parts])
@@ -89,7 +98,7 @@ def test_an_adapted_model_packs_too() -> None:
 
 
 def test_something_else_than_a_transformers_model_says_so() -> None:
-    assert "Linear is not a transformers model" in use_packing(torch.nn.Linear(2, 2))
+    assert "Linear is not a transformers model" in use_packing(torch.nn.Linear(2, 2)).reason
 
 
 def test_no_mask_of_all_tokens_is_made() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer.core.errors import ConfigError
 from veneer.engine import attention
@@ -15,46 +18,78 @@ _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}
 _LOW_PRECISION = 5e-2
 
 
-def use_packing(model: nn.Module) -> str | None:
+@final
+@dataclass(frozen=True)
+class Packing:
+    """Whether a model takes packed rows, and how to make it what it was."""
+
+    reason: str | None
+    """None when packed rows are safe; else why they are not, as the end of a sentence."""
+    undo: Callable[[], None] = lambda: None
+    """Gives the model its own attention back."""
+
+    def check(self) -> None:
+        """Refuse packing that was asked for by name.
+
+        Raises:
+            ConfigError: there is a reason against it.
+        """
+        if self.reason is not None:
+            raise ConfigError(
+                f"packing=on is not possible: {self.reason}. Use packing=auto, which then pads, or packing=off."
+            )
+
+
+def use_packing(model: nn.Module) -> Packing:
     """Make a transformers model ready for packed rows.
 
     Its attention becomes ``veneer.engine.attention``, and a few tokens are run through it both ways. Where the
     logits differ, it stays as it was.
-
-    Returns:
-        None when packed rows are safe; else why they are not, as the end of a sentence.
     """
     bare: Any = underlying(model)
     if not hasattr(bare, "set_attn_implementation"):
-        return f"{type(bare).__name__} is not a transformers model"
+        return Packing(f"{type(bare).__name__} is not a transformers model")
     before = bare.config._attn_implementation
     if before in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
         # transformers' own flash attention takes the borders from the positions.
-        return None
-    ids = _tokens(bare)
+        return Packing(None)
+    hooks: list[RemovableHandle] = []
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+        bare.set_attn_implementation(before)
+
     was_training = bare.training
     bare.eval()
     try:
         with torch.no_grad():
-            alone = torch.cat([bare(input_ids=part, use_cache=False).logits[0] for part in ids])
-            attention.register()
-            bare.set_attn_implementation(attention.NAME)
-            if bare.config._attn_implementation != attention.NAME:
-                return f"{type(bare).__name__} has an attention of its own"
-            if _keeps_apart(bare, ids, alone):
-                return None
-            # A model that makes its mask without looking at the positions is handed the borders as the mask.
-            hook = bare.register_forward_pre_hook(_with_borders, with_kwargs=True)
-            if _keeps_apart(bare, ids, alone):
-                return None
-            hook.remove()
+            reason = _ready(bare, hooks)
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
-        bare.set_attn_implementation(before)
-        return f"{type(bare).__name__} does not take them ({str(error).splitlines()[0][:80]})"
+        reason = f"{type(bare).__name__} does not take them ({str(error).splitlines()[0][:80]})"
     finally:
         bare.train(was_training)
-    bare.set_attn_implementation(before)
-    return f"{type(bare).__name__} lets sequences see each other when they lie end to end"
+    if reason is not None:
+        undo()
+        return Packing(reason)
+    return Packing(None, undo)
+
+
+def _ready(model: Any, hooks: list[RemovableHandle]) -> str | None:
+    """Change a model's attention; why that does not do, if it does not."""
+    ids = _tokens(model)
+    alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in ids])
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    if model.config._attn_implementation != attention.NAME:
+        return f"{type(model).__name__} has an attention of its own"
+    if _keeps_apart(model, ids, alone):
+        return None
+    # A model that makes its mask without looking at the positions is handed the borders as the mask.
+    hooks.append(model.register_forward_pre_hook(_with_borders, with_kwargs=True))
+    if _keeps_apart(model, ids, alone):
+        return None
+    return f"{type(model).__name__} lets sequences see each other when they lie end to end"
 
 
 def _with_borders(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -68,16 +103,6 @@ def _keeps_apart(model: Any, ids: list[Tensor], alone: Tensor) -> bool:
     """Whether packed and padded sequences have the logits that each has alone."""
     tolerance = _TOLERANCES.get(alone.dtype, _LOW_PRECISION) * max(1.0, float(alone.abs().max()))
     return all(float((logits - alone).abs().max()) <= tolerance for logits in _both_ways(model, ids))
-
-
-def check_packing(reason: str | None) -> None:
-    """Refuse packing that was asked for by name.
-
-    Raises:
-        ConfigError: there is a reason against it.
-    """
-    if reason is not None:
-        raise ConfigError(f"packing=on is not possible: {reason}. Use packing=auto, which then pads, or packing=off.")
 
 
 def _tokens(model: Any) -> list[Tensor]:

@@ -48,17 +48,17 @@ def packed_attention(
     """
     if _has_varlen(q_BHTD, dropout, softcap):
         return _varlen(q_BHTD, k_BGTD, v_BGTD, starts, scaling, window)
+    runs = [(length, len(list(group))) for length, group in groupby(end - start for start, end in pairwise(starts))]
+    # Split as a whole: a slice for each sequence would fill a gradient of all tokens with zeros, each time.
+    parts = zip(
+        *(torch.split(x[0], [length * rows for length, rows in runs], dim=1) for x in (q_BHTD, k_BGTD, v_BGTD)),
+        strict=True,
+    )
     outputs = []
-    at = 0
-    for length, group in groupby(end - start for start, end in pairwise(starts)):
-        rows = len(list(group))
-        q, k, v = (
-            part[0, :, at : at + rows * length].reshape(part.shape[1], rows, length, -1).transpose(0, 1)
-            for part in (q_BHTD, k_BGTD, v_BGTD)
-        )
+    for (length, rows), tensors in zip(runs, parts, strict=True):
+        q, k, v = (x.reshape(x.shape[0], rows, length, -1).transpose(0, 1) for x in tensors)
         out = attention(q, k, v, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
         outputs.append(out.transpose(0, 1).flatten(1, 2))
-        at += rows * length
     return torch.cat(outputs, dim=1)[None] if len(outputs) > 1 else outputs[0][None]
 
 

@@ -5,6 +5,7 @@ Shape legend: N tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,3 +33,21 @@ def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tenso
 def scale_rows(u: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """``scale * (u - bias) + bias``, exactly ``u`` where the scale is one."""
     return u * scale if bias is None else u * scale + (1 - scale) * bias
+
+
+def rms_norm(x: Tensor, w_D: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (offset + w)``."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (offset + w_D)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x * cos + (-b, a) * sin`` for the halves (a, b) of the last dimension."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def adapted_linear(
+    x: Tensor, W_OI: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None, s: float
+) -> Tensor:
+    """``W x + bias``, with ``s * B A x`` where there are factors."""
+    return F.linear(x, W_OI, bias) if A is None or B is None else lora_linear(x, W_OI, bias, A, B, s)

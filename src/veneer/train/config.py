@@ -91,6 +91,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Lay examples end to end instead of padding them: wherever the model keeps them apart, always, or never."""
     max_tokens: int | None = Field(None, ge=1)
     """The most tokens that go through the model at once when packed; a step with more takes several turns."""
+    kernels: Literal["on", "off"] = "on"
+    """Compute norms, feed-forward blocks, query, key and value and rotary embedding by kernels that keep less."""
     learning_rate: float | None = Field(None, gt=0)
     """The highest learning rate; without it, a customary one for the method."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from veneer.data.batching import Batching, padding
 from veneer.data.encode import Encoded, EncodedSet
 from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
 from veneer.engine.head import form_of
-from veneer.engine.packing import check_packing, use_packing
+from veneer.engine.kernels import use_kernels
+from veneer.engine.packing import Packing, use_packing
 from veneer.tasks import task as tasks
 from veneer.tasks.task import AbstractTask, Piece, longest_input
 from veneer.train.config import RunConfig
@@ -46,6 +47,8 @@ class Plan:
     """Everything that was decided or left out on the way, in sentences."""
     batching: Batching
     """Which examples each step takes."""
+    undo: tuple[Callable[[], None], ...]
+    """What makes the model again what it was, apart from what it learned."""
     steps: int
     """Optimiser steps of the whole run."""
 
@@ -107,7 +110,12 @@ def prepare(
         )
     gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
-    batching, decided = _batching(config, task, trained.model, train_set.lengths, processes)
+    kernels = use_kernels(trained.model) if config.kernels == "on" else None
+    # The form of the head is looked at here, before the model is spread over processes.
+    form_of(trained.model)
+    batching, packing, decided = _batching(config, task, trained.model, train_set.lengths, processes)
+    if kernels is not None:
+        decided.append(f"Kernels are in place of {kernels}.")
     steps = config.max_steps or max(1, round(batching.steps_per_pass * config.epochs))
     if isinstance(trained.model, PeftModel):
         set_total_step(trained.model.base_model, steps)
@@ -120,29 +128,28 @@ def prepare(
         trained=trained,
         notes=(*notes, *said, *trained.notes, *decided, *remarks(config.optimizer, PartialState().device.type)),
         batching=batching,
+        undo=(packing.undo, *(() if kernels is None else (kernels.undo,))),
         steps=steps,
     )
 
 
 def _batching(
     config: RunConfig, task: AbstractTask, model: nn.Module, lengths: Sequence[int], processes: int
-) -> tuple[Batching, list[str]]:
-    """How examples become steps, and what was decided about it."""
+) -> tuple[Batching, Packing, list[str]]:
+    """How examples become steps, what was changed for that, and what was decided about it."""
     common = {"lengths": lengths, "batch_size": config.batch_size, "accumulation": config.accumulation}
     padded = Batching(**common, processes=processes, seed=config.seed)  # type: ignore[arg-type]
-    # The form of the head is looked at here, before the model is spread over processes.
-    form_of(model)
     if config.packing == "off":
-        return padded, []
-    reason = use_packing(model) if task.packs else f"examples of task {config.task} cannot lie end to end"
+        return padded, Packing("it is off"), []
+    apart = use_packing(model) if task.packs else Packing(f"examples of task {config.task} cannot lie end to end")
     if config.packing == "on":
-        check_packing(reason)
-    if reason is not None:
-        return padded, [f"Batches are padded, because {reason}."]
+        apart.check()
+    if apart.reason is not None:
+        return padded, apart, [f"Batches are padded, because {apart.reason}."]
     most = config.max_tokens or MAX_TOKENS
     saved = padding(lengths, config.batch_size)
     note = f"Examples are packed, at most {most:,} tokens at once; padded batches would be {saved:.0%} padding."
-    return replace(padded, packed=True, max_tokens=most), [note]
+    return replace(padded, packed=True, max_tokens=most), apart, [note]
 
 
 def check_free(folder: Path) -> None:

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests import models
+from tests.engine.decoders import FAMILIES, make
+from veneer.adapters.model import get_peft_model
+from veneer.core.config import LoraConfig
+from veneer.engine.kernels import Kernels, use_kernels
+from veneer.train.methods import checkpointing
+
+FOUND = {
+    # norms, blocks, groups, rotations
+    "Llama": (7, 3, 3, 3),
+    "Mistral": (7, 3, 3, 3),
+    "Qwen2": (7, 3, 3, 3),
+    "Qwen3": (13, 3, 3, 3),
+    "Gemma": (7, 3, 3, 3),
+    "Gemma2": (13, 3, 3, 3),
+    "Gemma3": (19, 3, 3, 3),
+    "Granite": (7, 3, 3, 3),
+    "SmolLM3": (7, 3, 3, 3),
+    "Olmo2": (13, 3, 3, 3),
+    "GPT2": (0, 0, 0, 0),
+    "OPT": (0, 0, 3, 0),
+    "Phi3": (7, 0, 0, 3),
+}
+
+
+def adapted(family: str, **settings: Any) -> Any:
+    config = LoraConfig(**{"target_modules": "all-linear", "init_lora_weights": False, **settings})
+    return get_peft_model(make(family), config)
+
+
+def output_and_gradients(model: Any, seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 97, (2, 7))
+    logits = model(input_ids=ids, use_cache=False).logits
+    (logits * torch.randn_like(logits)).sum().backward()
+    found = [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    model.zero_grad()
+    return found
+
+
+def same(model: Any, kernels: Kernels) -> None:
+    """Outputs and gradients with the kernels, and after they were taken away."""
+    fused = output_and_gradients(model)
+    kernels.undo()
+    for ours, own in zip(fused, output_and_gradients(model), strict=True):
+        # Sums in another order: the error follows the largest terms, not each result.
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5 * max(1.0, float(own.abs().max())))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("targets", ["all-linear", "some"])
+def test_kernels_change_nothing_but_what_is_kept(family: str, targets: str) -> None:
+    if targets == "some":
+        linears = {n.rpartition(".")[2] for n, m in make(family).named_modules() if isinstance(m, torch.nn.Linear)}
+        targets = sorted(linears - {"lm_head"})[-1:] or "all-linear"
+    model = adapted(family, target_modules=targets)
+    kernels = use_kernels(model)
+    found = (kernels.norms, kernels.mlps, kernels.groups, kernels.rotations)
+    assert found == FOUND.get(family, found)
+    same(model, kernels)
+    assert not any("forward" in module.__dict__ for module in model.get_base_model().modules())
+
+
+def test_less_is_kept() -> None:
+    def kept(model: Any) -> int:
+        seen: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(input_ids=torch.randint(3, 97, (4, 32)), use_cache=False)
+        return sum(seen.values())
+
+    model = adapted("Llama", target_modules=["q_proj", "v_proj"])
+    before = kept(model)
+    use_kernels(model)
+    assert kept(model) < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"lora_dropout": 0.5},
+        {"use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"target_modules": ["up_proj", "k_proj"]},
+        {"modules_to_save": ["norm"]},
+    ],
+    ids=str,
+)
+def test_every_adapter_keeps_its_meaning(settings: dict[str, Any]) -> None:
+    model = adapted("Llama", **settings)
+    kernels = use_kernels(model)
+    if settings.get("lora_dropout"):
+        model.train()
+    same(model, kernels)
+
+
+def test_several_adapters_merged_disabled_and_routed() -> None:
+    model = adapted("Llama")
+    model.add_adapter("other", LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    kernels = use_kernels(model)
+    ids = torch.randint(3, 97, (2, 7))
+    ways: dict[str, Any] = {
+        "one": lambda: model.set_adapter("other"),
+        "both": lambda: model.set_adapter(["default", "other"]),
+        "merged": lambda: (model.set_adapter("default"), model.merge_adapter()),
+        "unmerged": model.unmerge_adapter,
+    }
+    with torch.no_grad():
+        for name, change in ways.items():
+            change()
+            fused = model(input_ids=ids).logits
+            forwards = {module: module.__dict__.pop("forward") for module in kernels.modules}
+            own = model(input_ids=ids).logits
+            for module, forward in forwards.items():
+                module.__dict__["forward"] = forward
+            torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5, msg=name)
+        with model.disable_adapter():
+            base = make("Llama")(input_ids=ids).logits
+            torch.testing.assert_close(model(input_ids=ids).logits, base, rtol=1e-5, atol=1e-5)
+        rows = model(input_ids=ids, adapter_names=["other", "__base__"]).logits
+        torch.testing.assert_close(rows[1], base[1], rtol=1e-5, atol=1e-5)
+
+
+def test_full_fine_tuning_keeps_its_gradients() -> None:
+    model = make("Llama")
+    same(model, use_kernels(model))
+
+
+def test_under_autocast_and_in_bfloat16() -> None:
+    model = adapted("Llama")
+    use_kernels(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output_and_gradients(model)
+    whole = adapted("Llama").to(torch.bfloat16)
+    reference = copy.deepcopy(whole)
+    kernels = use_kernels(whole)
+    assert (kernels.norms, kernels.mlps) == (7, 3)
+    ids = torch.randint(3, 97, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, reference(ids).logits, rtol=5e-2, atol=5e-2)
+
+
+def test_gradient_checkpointing_computes_the_same_again() -> None:
+    model = adapted("Llama").train()
+    use_kernels(model)
+    plain = output_and_gradients(model)
+    with checkpointing(model, True):
+        again = output_and_gradients(model)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_copy_has_kernels_of_its_own() -> None:
+    model = adapted("Llama")
+    use_kernels(model)
+    twin = copy.deepcopy(model)
+    before = output_and_gradients(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for one, other in zip(before, output_and_gradients(twin), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_generation_is_as_before() -> None:
+    model = adapted("Llama")
+    prompt = torch.randint(3, 97, (1, 5))
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    before = model.generate(input_ids=prompt, **settings)
+    use_kernels(model)
+    assert torch.equal(model.generate(input_ids=prompt, **settings), before)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "t5", "whisper", "vit"])
+def test_other_models_than_decoders(kind: str) -> None:
+    model = get_peft_model(models.make(kind), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    inputs = models.batch(kind)
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        kernels = use_kernels(model)
+        torch.testing.assert_close(model(**inputs)[0], before, rtol=1e-5, atol=1e-5)
+    assert kernels.groups == {"bert": 2, "distilbert": 2, "t5": 6}.get(kind, 0)
+
+
+def test_what_was_found_reads_well() -> None:
+    assert str(use_kernels(adapted("Llama"))) == (
+        "7 norms, 3 feed-forward blocks, 3 groups of layers, 3 rotary attentions"
+    )
+    assert str(use_kernels(transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=1)))) == (
+        "nothing"
+    )
