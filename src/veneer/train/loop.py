@@ -193,8 +193,7 @@ class Loop:
             self._save_last()
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.bare.eval()
-        for undo in self.plan.undo:
-            undo()
+        self.plan.restore()
         record = self._record(interrupted)
         if self.accelerator.is_main_process:
             write_text(self.folder / RESULT_NAME, json.dumps(finite(record.to_dict()), indent=2) + "\n")

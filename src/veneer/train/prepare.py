@@ -48,7 +48,7 @@ class Plan:
     batching: Batching
     """Which examples each step takes."""
     undo: tuple[Callable[[], None], ...]
-    """What makes the model again what it was, apart from what it learned."""
+    """What takes back the changes that only the run needs."""
     steps: int
     """Optimiser steps of the whole run."""
 
@@ -56,6 +56,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one pass over the training data."""
         return self.batching.steps_per_pass
+
+    def restore(self) -> None:
+        """Make the model again what it was before the run, apart from what it learned."""
+        for undo in self.undo:
+            undo()
 
     @property
     def shown(self) -> Encoded:
