@@ -8,30 +8,25 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.adapters.budget import penalty
-from veneer.adapters.model import PeftModel
 from veneer.core.disk import write_text
-from veneer.core.errors import ConfigError, TrainingError, listed
+from veneer.core.errors import TrainingError
 from veneer.core.records import RunRecord
-from veneer.data.collate import tokens
 from veneer.engine.allocator import keep_freed_memory
-from veneer.optimizers import second_factors
 from veneer.tasks.task import Tally, measure
 from veneer.train import checkpoint
 from veneer.train.arithmetic import settled
 from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
+from veneer.train.learner import Learner
 from veneer.train.log import ProgressBar, RunLog, finite, peak_memory
-from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan, prepare
 from veneer.train.savings import saving
 from veneer.train.trackers import Trackers
@@ -131,18 +126,8 @@ class Loop:
         self.config = plan.config
         self.accelerator = accelerator
         self.folder = Path(plan.config.output).expanduser()
-        self.bare = plan.trained.model
-        made = optimiser(
-            plan.config.optimizer,
-            self.bare.parameters(),
-            learning_rate=plan.config.learning_rate,
-            weight_decay=plan.config.weight_decay,
-            faster=self._faster(),
-            ratio=plan.config.loraplus_lr_ratio or 1.0,
-            device=accelerator.device.type,
-        )
-        self.schedule = scheduled(made, plan.config.schedule, steps=plan.steps, warmup=plan.config.warmup)
-        self.model, self.optimiser = accelerator.prepare(self.bare, made)
+        self.learner = Learner(plan, accelerator)
+        self.bare, self.model = self.learner.bare, self.learner.model
         self.interrupt = Interrupt(self._on_interrupt)
         self.step = 0
         self.tokens = 0
@@ -155,19 +140,6 @@ class Loop:
         self.best_loss = math.inf
         self.best_step: int | None = None
         self.saved_last = False
-
-    def _faster(self) -> list[nn.Parameter]:
-        """The parameters that LoRA+ lets learn faster.
-
-        Raises:
-            ConfigError: it is asked for and there are none.
-        """
-        if self.config.loraplus_lr_ratio is None:
-            return []
-        found = second_factors(self.bare) if isinstance(self.bare, PeftModel) else []
-        if not found:
-            raise ConfigError(f"loraplus_lr_ratio has no meaning with family={self.config.family}: no B learns there.")
-        return found
 
     def run(self, console: Console | None) -> RunResult:
         """All steps, with the measurements around them."""
@@ -232,58 +204,14 @@ class Loop:
         each = batches_from(self.plan, self.step, process=process, device=device)
         while self.step < self.plan.steps and not self.interrupt.asked:
             began = time.perf_counter()
-            tally, norm, read = self._one_step(next(each))
+            taken = self.learner.take(next(each), self.step + 1)
             self.seconds += time.perf_counter() - began
             self.step += 1
-            self.tokens += read
-            self.recent.append(tally)
-            self._log_step(tally, norm)
+            self.tokens += taken.tokens
+            self.recent.append(taken.tally)
+            self._log_step(taken.tally, taken.norm)
             if self.step % every == 0 or self.step == self.plan.steps:
                 self._evaluate()
-
-    def _one_step(self, group: Sequence[dict[str, Any]]) -> tuple[Tally, float, int]:
-        """One optimiser step over a group of batches.
-
-        Returns:
-            The group's tally, the gradient's norm before clipping, and the number of tokens read.
-
-        Raises:
-            TrainingError: a loss or the gradient is not finite; the weights are as before the step.
-        """
-        task, accelerator = self.plan.task, self.accelerator
-        origins = [batch["origins"] for batch in group]
-        batches = [{key: value for key, value in batch.items() if key != "origins"} for batch in group]
-        units = self._summed(sum(task.units(batch) for batch in batches))
-        total = Tally()
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                result = task.loss(self.model, batch)
-                if not math.isfinite(result.tally.loss):
-                    self._not_finite("The loss", result.tally.loss, origins[number])
-                # Processes average their gradients; the sum over all of them is wanted.
-                loss = result.total * (accelerator.num_processes / units)
-                more = penalty(self.bare.base_model) if last and isinstance(self.bare, PeftModel) else None
-                accelerator.backward(loss if more is None else loss + more)
-            total += result.tally
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
-        if not math.isfinite(norm):
-            self._not_finite("The gradient's norm", norm, [origin for names in origins for origin in names])
-        self.optimiser.step()
-        self.schedule.step()
-        if self.plan.config.method == "lora" and self.config.family == "adalora":
-            self.bare.base_model.update_and_allocate(self.step + 1)  # type: ignore[union-attr,operator]
-        self.optimiser.zero_grad()
-        return total, norm, sum(tokens(batch) for batch in batches)
-
-    def _not_finite(self, what: str, value: float, origins: Sequence[str]) -> None:
-        self.optimiser.zero_grad()
-        kept = f" What was learned until step {self.step} is kept." if self.step else ""
-        raise TrainingError(
-            f"{what} is {value} at step {self.step + 1}, in the batch of {listed(origins)}; "
-            f"look at these rows, or lower learning_rate ({self.config.learning_rate:g}).{kept}"
-        )
 
     def _log_step(self, tally: Tally, norm: float) -> None:
         self.unlogged += tally
@@ -296,7 +224,7 @@ class Loop:
                     step=self.step,
                     loss=self.unlogged.loss / self.unlogged.units,
                     trained_tokens=self.unlogged.units,
-                    learning_rate=self.schedule.get_last_lr()[0],
+                    learning_rate=self.learner.learning_rate,
                     gradient_norm=norm,
                     **figures,
                 )
@@ -391,10 +319,3 @@ class Loop:
             notes=self.plan.notes,
             quantize=self.config.quantize,
         )
-
-    def _summed(self, count: int) -> int:
-        """A count over all processes."""
-        if self.accelerator.num_processes == 1:
-            return count
-        total: Tensor = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum")
-        return int(total)

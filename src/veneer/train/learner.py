@@ -1,0 +1,128 @@
+"""What learns in a run, and one optimiser step of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, final
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.budget import penalty
+from veneer.adapters.model import PeftModel
+from veneer.core.errors import ConfigError, TrainingError, listed
+from veneer.data.collate import tokens
+from veneer.optimizers import second_factors
+from veneer.tasks.task import Tally
+from veneer.train.config import RunConfig
+from veneer.train.optimisers import optimiser, scheduled
+from veneer.train.prepare import Plan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken."""
+
+    tally: Tally
+    """Of this process's share of the step."""
+    norm: float
+    """The gradient's norm before it was clipped."""
+    tokens: int
+    """How many tokens were read, padding left out."""
+
+
+@final
+class Learner:
+    """Model, optimiser and schedule of a run, prepared for the processes that it runs on."""
+
+    def __init__(self, plan: Plan, accelerator: Accelerator) -> None:
+        self.plan, self.config, self.accelerator = plan, plan.config, accelerator
+        self.bare: nn.Module = plan.trained.model
+        made = optimiser(
+            self.config.optimizer,
+            self.bare.parameters(),
+            learning_rate=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            faster=_faster(self.config, self.bare),
+            ratio=self.config.loraplus_lr_ratio or 1.0,
+            device=accelerator.device.type,
+        )
+        self.schedule = scheduled(made, self.config.schedule, steps=plan.steps, warmup=self.config.warmup)
+        self.model, self.optimiser = accelerator.prepare(self.bare, made)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def take(self, group: Sequence[dict[str, Any]], step: int) -> Taken:
+        """One optimiser step over a group of micro-batches.
+
+        Args:
+            group: micro-batches with ``origins``, the names of their rows.
+            step: its number, counted from 1.
+
+        Raises:
+            TrainingError: a loss or the gradient is not finite; the weights are as before the step.
+        """
+        task, accelerator = self.plan.task, self.accelerator
+        origins = [batch["origins"] for batch in group]
+        batches = [{key: value for key, value in batch.items() if key != "origins"} for batch in group]
+        units = self._summed(sum(task.units(batch) for batch in batches))
+        total = Tally()
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                result = task.loss(self.model, batch)
+                if not math.isfinite(result.tally.loss):
+                    self._not_finite("The loss", result.tally.loss, step, origins[number])
+                # Processes average their gradients; the sum over all of them is wanted.
+                loss = result.total * (accelerator.num_processes / units)
+                more = penalty(self.bare.base_model) if last and isinstance(self.bare, PeftModel) else None
+                accelerator.backward(loss if more is None else loss + more)
+            total += result.tally
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
+        if not math.isfinite(norm):
+            self._not_finite("The gradient's norm", norm, step, [origin for names in origins for origin in names])
+        self.optimiser.step()
+        self.schedule.step()
+        if self.config.method == "lora" and self.config.family == "adalora":
+            self.bare.base_model.update_and_allocate(step)  # type: ignore[union-attr,operator]
+        self.optimiser.zero_grad()
+        return Taken(total, norm, sum(tokens(batch) for batch in batches))
+
+    def _not_finite(self, what: str, value: float, step: int, origins: Sequence[str]) -> NoReturn:
+        self.optimiser.zero_grad()
+        kept = f" What was learned until step {step - 1} is kept." if step > 1 else ""
+        raise TrainingError(
+            f"{what} is {value} at step {step}, in the batch of {listed(origins)}; "
+            f"look at these rows, or lower learning_rate ({self.config.learning_rate:g}).{kept}"
+        )
+
+    def _summed(self, count: int) -> int:
+        """A count over all processes."""
+        if self.accelerator.num_processes == 1:
+            return count
+        total: Tensor = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum")
+        return int(total)
+
+
+def _faster(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that LoRA+ lets learn faster.
+
+    Raises:
+        ConfigError: it is asked for and there are none.
+    """
+    if config.loraplus_lr_ratio is None:
+        return []
+    found = second_factors(model) if isinstance(model, PeftModel) else []
+    if not found:
+        raise ConfigError(f"loraplus_lr_ratio has no meaning with family={config.family}: no B learns there.")
+    return found
