@@ -47,6 +47,7 @@ FROZEN = [
     "UsageError",
     "VeneerError",
     "VeraConfig",
+    "accelerated",
     "cast_mixed_precision_params",
     "convert_to_lora",
     "get_eva_state_dict",
@@ -65,6 +66,7 @@ FROZEN = [
     "preprocess_loraga",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "restored",
     "save_as_lora",
     "set_peft_model_state_dict",
 ]

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from veneer.core.start_config import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
     from veneer.core.task_type import TaskType
     from veneer.core.vera_config import VeraConfig
+    from veneer.engine.accelerate import accelerated, restored
     from veneer.tasks.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -110,6 +111,7 @@ __all__ = [
     "UsageError",
     "VeneerError",
     "VeraConfig",
+    "accelerated",
     "cast_mixed_precision_params",
     "convert_to_lora",
     "get_eva_state_dict",
@@ -128,6 +130,7 @@ __all__ = [
     "preprocess_loraga",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
+    "restored",
     "save_as_lora",
     "set_peft_model_state_dict",
 ]
@@ -158,6 +161,7 @@ _HOMES = {
     "PeftType": "veneer.core.peft_type",
     "TaskType": "veneer.core.task_type",
     "VeraConfig": "veneer.core.vera_config",
+    "accelerated": "veneer.engine.accelerate",
     "cast_mixed_precision_params": "veneer.adapters.injected",
     "convert_to_lora": "veneer.adapters.convert",
     "get_eva_state_dict": "veneer.adapters.eva",
@@ -176,6 +180,7 @@ _HOMES = {
     "preprocess_loraga": "veneer.adapters.lora_ga",
     "replace_lora_weights_loftq": "veneer.adapters.loftq",
     "rescale_adapter_scale": "veneer.adapters.lifecycle",
+    "restored": "veneer.engine.accelerate",
     "save_as_lora": "veneer.adapters.convert",
     "set_peft_model_state_dict": "veneer.adapters.injected",
 }

@@ -103,11 +103,12 @@ def form_of(model: nn.Module) -> HeadForm | None:
         model: as for ``language_loss``, before it is spread over processes.
 
     Returns:
-        None where it has no output head, or does something that is not understood: then its own logits are used.
+        None where it has no output head, is an encoder-decoder, or does something that is not understood: then its
+        own logits are used.
     """
     bare = underlying(model)
     head = output_head(bare)
-    if head is None:
+    if head is None or bare.config.is_encoder_decoder:  # type: ignore[union-attr]
         return None
     if head not in _forms:
         _forms[head] = _look(bare, head)

@@ -165,7 +165,7 @@ class Loop:
             self._save_last()
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.bare.eval()
-        self.plan.restore()
+        self.plan.speed.undo()
         record = self._record(interrupted)
         if self.accelerator.is_main_process:
             write_text(self.folder / RESULT_NAME, json.dumps(finite(record.to_dict()), indent=2) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,7 @@ from veneer.core.errors import ConfigError, DataError, UsageError, listed
 from veneer.data.batching import Batching, padding
 from veneer.data.encode import Encoded, EncodedSet
 from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
-from veneer.engine.head import form_of
-from veneer.engine.kernels import use_kernels
-from veneer.engine.packing import Packing, use_packing
+from veneer.engine.accelerate import Acceleration, accelerate
 from veneer.tasks import task as tasks
 from veneer.tasks.task import AbstractTask, Piece, longest_input
 from veneer.train.config import RunConfig
@@ -26,7 +24,6 @@ from veneer.train.starts import gathering
 from veneer.train.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = 2048
@@ -47,8 +44,8 @@ class Plan:
     """Everything that was decided or left out on the way, in sentences."""
     batching: Batching
     """Which examples each step takes."""
-    undo: tuple[Callable[[], None], ...]
-    """What takes back the changes that only the run needs."""
+    speed: Acceleration
+    """What was done to the model to train it faster; to be undone after the run."""
     steps: int
     """Optimiser steps of the whole run."""
 
@@ -56,11 +53,6 @@ class Plan:
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one pass over the training data."""
         return self.batching.steps_per_pass
-
-    def restore(self) -> None:
-        """Make the model again what it was before the run, apart from what it learned."""
-        for undo in self.undo:
-            undo()
 
     @property
     def shown(self) -> Encoded:
@@ -88,7 +80,7 @@ def prepare(
     """
     from accelerate import PartialState
 
-    from veneer.tasks.loading import load_config, load_model, load_tokenizer
+    from veneer.tasks.loading import load_config, load_tokenizer
 
     task = tasks.get(config.task)
     check_free(Path(config.output).expanduser())
@@ -99,28 +91,19 @@ def prepare(
     rows, held_out_rows, notes = _rows(config, train_rows, eval_rows)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
     tokenizer, said = task.prepare(rows, tokenizer)
+    said += remarks(config.optimizer, PartialState().device.type)
     limit = longest_input(load_config(str(config.model)) if model is None else model.config)
     how = {"max_length": min(config.max_length, limit or config.max_length), "train_on": config.train_on}
     train_set = task.encode(rows, tokenizer, **how)
     if limit is not None and limit < config.max_length and train_set.report.truncated:
         said.append(f"The model takes {limit} tokens at most, so examples are cut there, not at {config.max_length}.")
     held_out = _held_out(task, held_out_rows, tokenizer, how)
-    if model is None:
-        dtype = "bfloat16" if config.precision == "bf16" and config.method == "lora" else "float32"
-        model = load_model(str(config.model), auto_class=task.auto_class, dtype=dtype, quantize=config.quantize)
-    elif config.quantize is not None:
-        raise ConfigError(
-            f"quantize={config.quantize} has no effect on a model that is loaded already; load that one quantised, or "
-            "name the model in the config."
-        )
+    model = _loaded(config, task) if model is None else _given(config, model)
     gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
-    kernels = use_kernels(trained.model) if config.kernels == "on" else None
-    # The form of the head is looked at here, before the model is spread over processes.
-    form_of(trained.model)
-    batching, packing, decided = _batching(config, task, trained.model, train_set.lengths, processes)
-    if kernels is not None:
-        decided.append(f"Kernels are in place of {kernels}.")
+    packs = task.packs and config.packing != "off"
+    speed = accelerate(trained.model, kernels=config.kernels == "on", packing=packs)
+    batching, decided = _batching(config, speed, train_set.lengths, processes)
     steps = config.max_steps or max(1, round(batching.steps_per_pass * config.epochs))
     if isinstance(trained.model, PeftModel):
         set_total_step(trained.model.base_model, steps)
@@ -131,30 +114,47 @@ def prepare(
         train_set=train_set,
         held_out=held_out,
         trained=trained,
-        notes=(*notes, *said, *trained.notes, *decided, *remarks(config.optimizer, PartialState().device.type)),
+        notes=(*notes, *said, *trained.notes, *decided, *speed.notes()),
         batching=batching,
-        undo=(packing.undo, *(() if kernels is None else (kernels.undo,))),
+        speed=speed,
         steps=steps,
     )
 
 
+def _loaded(config: RunConfig, task: AbstractTask) -> PreTrainedModel:
+    from veneer.tasks.loading import load_model
+
+    dtype = "bfloat16" if config.precision == "bf16" and config.method == "lora" else "float32"
+    return load_model(str(config.model), auto_class=task.auto_class, dtype=dtype, quantize=config.quantize)
+
+
+def _given(config: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
+    if config.quantize is not None:
+        raise ConfigError(
+            f"quantize={config.quantize} has no effect on a model that is loaded already; load that one quantised, or "
+            "name the model in the config."
+        )
+    return model
+
+
 def _batching(
-    config: RunConfig, task: AbstractTask, model: nn.Module, lengths: Sequence[int], processes: int
-) -> tuple[Batching, Packing, list[str]]:
-    """How examples become steps, what was changed for that, and what was decided about it."""
+    config: RunConfig, speed: Acceleration, lengths: Sequence[int], processes: int
+) -> tuple[Batching, list[str]]:
+    """How examples become steps, and what was decided about it."""
     common = {"lengths": lengths, "batch_size": config.batch_size, "accumulation": config.accumulation}
     padded = Batching(**common, processes=processes, seed=config.seed)  # type: ignore[arg-type]
-    if config.packing == "off":
-        return padded, Packing("it is off"), []
-    apart = use_packing(model) if task.packs else Packing(f"examples of task {config.task} cannot lie end to end")
+    if speed.packing is None:
+        if config.packing == "on":
+            raise ConfigError(f"packing=on is not possible: examples of task {config.task} cannot lie end to end.")
+        return padded, []
     if config.packing == "on":
-        apart.check()
-    if apart.reason is not None:
-        return padded, apart, [f"Batches are padded, because {apart.reason}."]
+        speed.packing.check()
+    if speed.packing.reason is not None:
+        return padded, [f"Batches are padded, because {speed.packing.reason}."]
     most = config.max_tokens or MAX_TOKENS
     saved = padding(lengths, config.batch_size)
     note = f"Examples are packed, at most {most:,} tokens at once; padded batches would be {saved:.0%} padding."
-    return replace(padded, packed=True, max_tokens=most), apart, [note]
+    return replace(padded, packed=True, max_tokens=most), [note]
 
 
 def check_free(folder: Path) -> None:
