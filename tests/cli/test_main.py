@@ -51,6 +51,7 @@ RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"
 SURFACE = {
     "demo": {"--output", "--model", "--examples", "--seed", "--force"},
     "train": RUN_FLAGS | ADAPTER_FLAGS,
+    "runs": {"--compare", "--plot", "--force"},
     "generate": {
         "--model",
         "--adapter",

@@ -27,12 +27,14 @@ from veneer.cli.inspect import inspect_model
 from veneer.cli.merge import merge
 from veneer.cli.output import Outcome, console, for_humans, quiet_libraries, write_document
 from veneer.cli.resize import resize
+from veneer.cli.runs import runs
 from veneer.cli.train import train
 from veneer.core.errors import VeneerError, nearest
 
 VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
+    "runs": runs,
     "generate": generate,
     "eval": evaluate,
     "merge": merge,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.core.disk import write_whole
-from veneer.core.errors import UsageError
+from veneer.report.runs import read_events
 
 PLOT_NAME = "loss.png"
 
@@ -34,15 +33,7 @@ def read_curve(folder: str | Path) -> Curve:
     Raises:
         UsageError: there is no log, or a line of it that cannot be read.
     """
-    path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        raise UsageError(f"{str(folder)!r} has no log.jsonl; expected a run folder that veneer train wrote.")
-    events: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UsageError(f"{path}:{number} is not a line of JSON.") from None
+    events = read_events(Path(folder))
     start = next((event for event in events if event["event"] == "start"), {})
     steps = [event for event in events if event["event"] == "step" and event["loss"] is not None]
     held_out = [event for event in events if event["event"] == "eval" and event["loss"] is not None]

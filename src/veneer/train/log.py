@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 import torch
 
 from veneer.core.errors import DiskError
+from veneer.train.surroundings import surroundings
 from veneer.train.trackers import TENSORBOARD, Trackers
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.trackers is not None:
             self.trackers.finish()
+
+    def start(self, **values: Any) -> None:
+        """The event ``start``, with what the run is on: versions, machine, process."""
+        self.write("start", **values, **surroundings())
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event with the seconds since the run began; a number that is not finite is written as null.

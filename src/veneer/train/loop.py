@@ -178,8 +178,7 @@ class Loop:
             return
         write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
         held_out = self.plan.held_out
-        self.log.write(
-            "start",
+        self.log.start(
             model=self.config.model,
             task=self.config.task,
             method=self.config.method,
