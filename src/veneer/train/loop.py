@@ -86,8 +86,9 @@ def train(
     from accelerate.utils import set_seed
 
     keep_freed_memory()
-    config, measured = settled(config, model)
     accelerator = _accelerator(config.precision)
+    config, measured = settled(config, model)
+    accelerator = _accelerator(config.precision) if measured else accelerator
     set_seed(config.seed)
     plan = prepare(
         config,
