@@ -60,8 +60,17 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     assert (run.steps, run.planned_steps, run.tokens_per_second, run.peak_memory) == (20, 20, 1000.0, 10**9)
     # The measurement before the first step counts for no best; the training loss is that of the last two lines.
     assert (run.best_loss, run.train_loss, run.seconds) == (2.5, pytest.approx(1.05), 90.0)
-    line = " ".join(shown(runs_table([run])).splitlines()[3].split())
-    assert line == "a finished small lora r=8 20 2.5000 1,000 1.0 GB 1 min 30 s"
+    text = shown(runs_table([run]))
+    assert "Runs of small" in text
+    assert "a finished lora r=8 20 2.5000 1,000 1.0 GB 1m30s" in " ".join(text.split())
+
+
+def test_models_that_differ_have_a_column(tmp_path: Path) -> None:
+    written(tmp_path / "a", END)
+    written(tmp_path / "b", END, start={**HERE, "model": "large"})
+    text = " ".join(shown(runs_table(find_runs([tmp_path]))).split())
+    assert "a finished lora r=8 small 20" in text
+    assert "b finished lora r=8 large 20" in text
 
 
 def test_states(tmp_path: Path) -> None:
@@ -86,7 +95,8 @@ def test_states(tmp_path: Path) -> None:
 def test_other_methods_are_named(tmp_path: Path) -> None:
     written(tmp_path / "a", END, method="full")
     written(tmp_path / "b", END, quantize="nf4", family="vera")
-    assert [run.method for run in find_runs([tmp_path])] == ["full", "vera r=8, nf4"]
+    written(tmp_path / "c", END, use_dora=True)
+    assert [run.method for run in find_runs([tmp_path])] == ["full", "vera r=8, nf4", "dora r=8"]
 
 
 def test_names_are_as_long_as_they_must_be(tmp_path: Path) -> None:
@@ -150,8 +160,6 @@ def test_nothing_to_read(tmp_path: Path, place: str, message: str) -> None:
         find_runs([tmp_path / place])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (59.7, "1 min 00 s"), (3599, "59 min 59 s"), (3725, "1 h 02 min")]
-)
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0s"), (59.7, "1m00s"), (3599, "59m59s"), (3725, "1h02m")])
 def test_durations(seconds: float, said: str) -> None:
     assert duration(seconds) == said

@@ -144,7 +144,8 @@ def _method(config: dict[str, Any]) -> str:
     if config.get("method") != "lora":
         return str(config.get("method"))
     quantised = f", {config['quantize']}" if config.get("quantize") else ""
-    return f"{config.get('family', 'lora')} r={config.get('r')}{quantised}"
+    family = "dora" if config.get("use_dora") else config.get("family", "lora")
+    return f"{family} r={config.get('r')}{quantised}"
 
 
 def _state(events: Sequence[dict[str, Any]], start: dict[str, Any]) -> str:
@@ -172,17 +173,21 @@ def _alive(process: int) -> bool:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """One run a line; the lowest held-out loss in bold."""
-    headings = ("run", "state", "model", "method", "steps", "best loss", "tokens/s", "memory", "time")
-    made = table(*headings, numbers=headings[4:])
+    """One run a line; the lowest held-out loss in bold. A model that all share stands above, which saves its column."""
+    models = {run.model or "no model named" for run in runs}
+    numbers = ("steps", "best loss", "tokens/s", "memory", "time")
+    headings = ("run", "state", "method", *(["model"] if len(models) > 1 else []), *numbers)
+    made = table(*headings, title=None if len(models) > 1 else f"Runs of {escape(models.pop())}", numbers=numbers)
+    for column in made.columns[1:3]:
+        column.no_wrap = True
     best = min((run.best_loss for run in runs if run.best_loss is not None), default=None)
     for run in runs:
         loss = _loss(run.best_loss)
         made.add_row(
             escape(run.name),
             run.state,
-            escape(run.model or "-"),
             run.method,
+            *([escape(run.model or "-")] if "model" in headings else []),
             _steps(run),
             f"[bold green]{loss}[/]" if run.best_loss is not None and run.best_loss == best else loss,
             _count(run.tokens_per_second),
@@ -222,16 +227,16 @@ def _figures(run: Run) -> tuple[str, ...]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Seconds, shortly.
 
     >>> duration(3725)
-    '1 h 02 min'
+    '1h02m'
     """
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{whole}s"
     minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
 def _steps(run: Run) -> str:
