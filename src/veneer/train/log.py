@@ -82,15 +82,21 @@ def finite(value: Any) -> Any:
 
 @final
 class ProgressBar:
-    """Steps, loss, tokens a second, peak memory and time left; shows nothing without a console."""
+    """Two bars, of the run and of the pass or measurement at hand, with loss, rate, speed, memory and time left.
 
-    def __init__(self, console: Console | None, steps: int) -> None:
+    Args:
+        console: where to draw; None shows nothing.
+        steps: of the whole run.
+        steps_per_pass: of one pass over the data; the second bar counts them.
+    """
+
+    def __init__(self, console: Console | None, steps: int, steps_per_pass: int | None = None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.bar = Progress(
             TextColumn("{task.description}"),
             # Narrow, so that the figures beside it fit a terminal of 80 columns.
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -98,9 +104,12 @@ class ProgressBar:
             disable=console is None,
         )
         self.steps = steps
+        self.per_pass = min(steps_per_pass or steps, steps)
         # Into a file no bar is drawn until its end; a line now and then says how far the run is.
         self.every = max(1, steps // 10)
         self.task = self.bar.add_task("training", total=steps, figures="")
+        self.part = self.bar.add_task(self._pass(0), total=self.per_pass, figures="")
+        self.done = 0
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -109,21 +118,35 @@ class ProgressBar:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
-    def update(self, step: int, *, loss: float, tokens_per_second: float, memory: int) -> None:
+    def update(self, step: int, *, loss: float, learning_rate: float, tokens_per_second: float, memory: int) -> None:
         """Show the state after a step; ``memory`` in bytes."""
-        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} tok/s  {memory / 1e9:.1f} GB"
-        self.bar.update(self.task, completed=step, figures=figures)
+        learned = f"loss {loss:.3f}  lr {learning_rate:.1e}"
+        spent = f"{tokens_per_second:,.0f} tok/s  {memory / 1e9:.1f} GB"
+        self.done = step
+        self.bar.update(self.task, completed=step, figures=learned)
+        self.bar.update(self.part, figures=spent)
+        self.training()
         if not self.bar.console.is_terminal and step % self.every == 0:
-            self.note(f"step {step} of {self.steps}: {figures}")
+            self.note(f"step {step} of {self.steps}: {learned}  {spent}")
 
     def note(self, text: str) -> None:
         """A line above the bar."""
         if not self.bar.disable:
             self.bar.console.print(text, markup=False)
 
-    def doing(self, what: str) -> None:
-        """What the run is busy with."""
-        self.bar.update(self.task, description=what)
+    def training(self) -> None:
+        """Let the second bar count the steps of the pass at hand."""
+        last = max(0, self.done - 1) // self.per_pass
+        within = self.done - last * self.per_pass
+        total = min(self.per_pass, self.steps - last * self.per_pass)
+        self.bar.update(self.part, description=self._pass(last), total=total, completed=within)
+
+    def measuring(self, share: float) -> None:
+        """Let the second bar show how much of the held-out data is measured, in percent."""
+        self.bar.update(self.part, description="held out, %", total=100, completed=int(share * 100))
+
+    def _pass(self, number: int) -> str:
+        return f"pass {number + 1} of {-(-self.steps // self.per_pass)}"
 
 
 def peak_memory() -> int:

@@ -146,7 +146,7 @@ class Loop:
         self.log = RunLog(self.folder, Trackers(self.config))
         self._begin()
         interrupted = False
-        self.bar = ProgressBar(console, self.plan.steps)
+        self.bar = ProgressBar(console, self.plan.steps, self.plan.steps_per_epoch)
         saved = saving(self.plan, self.model, self.accelerator, self.log, self.bar)
         with self.log, self.bar, saved, self.interrupt:
             try:
@@ -215,7 +215,8 @@ class Loop:
     def _log_step(self, tally: Tally, norm: float) -> None:
         self.unlogged += tally
         figures = {"tokens_per_second": self.tokens / self.seconds, "memory": peak_memory()}
-        self.bar.update(self.step, loss=tally.loss / tally.units, **figures)
+        rate = self.learner.learning_rate
+        self.bar.update(self.step, loss=tally.loss / tally.units, learning_rate=rate, **figures)
         if self.step % self.config.log_every == 0 or self.step == self.plan.steps:
             if self.accelerator.is_main_process:
                 self.log.write(
@@ -223,7 +224,7 @@ class Loop:
                     step=self.step,
                     loss=self.unlogged.loss / self.unlogged.units,
                     trained_tokens=self.unlogged.units,
-                    learning_rate=self.learner.learning_rate,
+                    learning_rate=rate,
                     gradient_norm=norm,
                     **figures,
                 )
@@ -256,13 +257,13 @@ class Loop:
             self.log.write("eval", step=self.step, **metrics)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.bar.note(f"step {self.step}, held out: {shown}")
-        self.bar.doing("training")
+        self.bar.training()
         return metrics
 
     def _on_share(self, share: float) -> None:
         if self.interrupt.asked:
             raise KeyboardInterrupt
-        self.bar.doing(f"held out {share:.0%}")
+        self.bar.measuring(share)
 
     def _on_interrupt(self) -> None:
         self.bar.note("Interrupted: finishing this step, then saving what was learned. Ctrl-C again stops at once.")
