@@ -58,6 +58,8 @@ def test_a_run_leaves_all_that_it_promises(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/result.json").read_text())["best_step"] == record.best_step
     assert RunConfig.read(tmp_path / "run/run.yaml") == RunConfig(output=str(tmp_path / "run"), epochs=8, **FAST)
     assert not result.model.training
+    card = (tmp_path / "run/best/README.md").read_text()
+    assert "| trained with | adamw, learning rate 0.005 (constant), 4 examples a step, fp32, seed 0 |" in card
 
 
 @pytest.mark.parametrize("name", ["best", "last"])

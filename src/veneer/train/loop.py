@@ -282,7 +282,11 @@ class Loop:
             checkpoint.save(model, self.plan.tokenizer, self.folder / name, figures=self._figures())
 
     def _figures(self) -> dict[str, str]:
+        config = self.config
+        size = f"{config.batch_size * config.accumulation * self.accelerator.num_processes} examples a step"
+        rate = f"learning rate {config.learning_rate:g} ({config.schedule})"
         figures = {"steps": f"{self.step} of {self.plan.steps}", "training data": self._data_name()}
+        figures["trained with"] = f"{config.optimizer}, {rate}, {size}, {config.precision}, seed {config.seed}"
         if self.before and self.after:
             figures["held-out loss"] = f"{self.before['loss']:.4f} before, {self.after['loss']:.4f} after"
         return figures
