@@ -49,7 +49,7 @@ def test_a_run_leaves_all_that_it_promises(tmp_path: Path) -> None:
     result = run(tmp_path / "run", epochs=8)
     record = result.record
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "run.yaml", "log.jsonl", "result.json", "best", "last"
+        "run.yaml", "log.jsonl", "result.json", "best", "last", "checkpoints"
     }  # fmt: skip
     assert record.held_out_after["loss"] < record.held_out_before["loss"]
     assert record.steps == record.planned_steps == len(events(tmp_path / "run", "step")) == 24

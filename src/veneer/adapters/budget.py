@@ -42,6 +42,15 @@ class RankBudget:
         self.sensitivity: dict[tuple[str, str], Tensor] = {}
         self.uncertainty: dict[tuple[str, str], Tensor] = {}
 
+    def averages(self) -> dict[str, dict[tuple[str, str], Tensor]]:
+        """What is averaged over the steps, by kind: all that a checkpoint needs besides ``config.rank_pattern``."""
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter's tensors are."""
+        return next(iter(self.layers.values())).tensors(self.name)[E].device
+
     def at(self, step: int) -> tuple[int, bool]:
         """The ranks that the budget has after a step, and whether they are allocated anew then."""
         config = self.config

@@ -1,6 +1,6 @@
 """The command line: its verbs, their exit codes, and one sentence for every error.
 
-Exit codes: 0 done, 1 a failure, 2 a mistake in the command or its configuration, 130 interrupted.
+Exit codes: 0 done, 1 a failure, 2 a mistake in the command or its configuration, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def _run(arguments: Sequence[str], document: TextIO | None) -> int:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         return _failed(f"Unexpected error, {text} (set {DEBUG}=1 to see where).", 1, document, error)
     if isinstance(result, int):
-        return _failed("Interrupted.", result, document) if result == 130 else result
+        said = {130: "Interrupted.", 143: "Terminated."}.get(result)
+        return result if said is None else _failed(said, result, document)
     outcome = result if isinstance(result, Outcome) else Outcome(result)
     if document is not None and outcome.result is not None:
         write_document(document, outcome.result)

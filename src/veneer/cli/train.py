@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from veneer.cli.fields import adapter_options
 from veneer.cli.output import console
 from veneer.cli.run_fields import run_options
+from veneer.core.errors import UsageError
 from veneer.core.records import RunRecord
 from veneer.train.config import RunConfig
 
@@ -26,6 +28,9 @@ def train(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A YAML file with the fields below; flags override it.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The folder of a run that was stopped, to go on with.")
+    ] = None,
     *,
     run_values: dict[str, Any],
     adapter_values: dict[str, Any],
@@ -33,21 +38,32 @@ def train(
     """Fine-tune a model on JSONL, CSV or Parquet.
 
     Rows have messages, prompt + completion, instruction (+ input) + output, or text. The run folder gets run.yaml,
-    log.jsonl, loss.png, result.json, best/ and last/. Ctrl-C saves what was learned and exits with 130.
+    log.jsonl, loss.png, result.json, best/, last/ and checkpoints/. Ctrl-C and SIGTERM save what was learned and exit
+    with 130 and 143; veneer train --resume ./run goes on, also after a crash.
 
     Example: veneer train --model ./model --data train.jsonl --output ./run --r 16 --target-modules all-linear
     """
-    resolved = RunConfig.read(config, **run_values, **adapter_values)
+    if resume is not None and config is not None:
+        raise UsageError("Both --resume and --config are given; a run goes on with its own config.")
 
     from veneer.report.plots import loss_plot
     from veneer.train import loop
+    from veneer.train.resume import resumed
+
+    values = {**run_values, **adapter_values}
+    resolved = RunConfig.read(config, **values) if resume is None else resumed(resume, **values)
 
     screen = console()
-    result = loop.train(resolved, on_ready=lambda plan: _show_plan(screen, plan), console=console(stderr=True))
+    result = loop.train(
+        resolved,
+        on_ready=lambda plan: _show_plan(screen, plan),
+        console=console(stderr=True),
+        resume=resume is not None,
+    )
     picture = loss_plot(result.folder)
     _show_record(screen, result.record, picture)
     if result.record.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (result.signal or signal.SIGINT))
     return result.record
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,6 +69,14 @@ class EncodedSet:
 
     examples: tuple[Encoded, ...]
     report: EncodingReport
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and labels, in their order: equal for equal data, wherever it lies."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+        return found.hexdigest()[:32]
 
     @property
     def lengths(self) -> list[int]:

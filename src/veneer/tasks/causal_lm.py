@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ class Task(AbstractTask):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
     packs: ClassVar[bool] = True
+    goals: ClassVar[Mapping[str, Literal["min", "max"]]] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
 
     def prepare(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase

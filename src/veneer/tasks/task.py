@@ -6,9 +6,9 @@ Shape legend: B sequences, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ class AbstractTask(ABC):
     """What the adapter's config says the model is for."""
     packs: ClassVar[bool]
     """Whether its examples can be laid end to end."""
+    goals: ClassVar[Mapping[str, Literal["min", "max"]]]
+    """From each metric to whether it is to be small or large."""
 
     @abstractmethod
     def prepare(

@@ -128,6 +128,20 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Steps between two lines of the log."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between two measurements on the held-out data; without it, one after each epoch."""
+    best_metric: str = "loss"
+    """The held-out metric that says which weights are the best."""
+    min_delta: float = Field(0.0, ge=0)
+    """By how much it must be better to count as better."""
+    patience: int | None = Field(None, ge=1)
+    """Measurements in a row that bring nothing better, after which to stop; without it, all steps are done."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints to resume from; without it, one after each measurement."""
+    keep: int = Field(2, ge=0)
+    """How many of the newest checkpoints to keep; 0 writes none."""
+    keep_every: int | None = Field(None, ge=1)
+    """Keep the checkpoints of steps that this divides as well."""
+    explosion: float | None = Field(3.0, gt=1)
+    """How many times the highest loss of the first steps ends the run as exploded; null lets it go on."""
     track: str | None = None
     """Where else to write the curves, as in tensorboard,wandb: any of accelerate's trackers."""
 

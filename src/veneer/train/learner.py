@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
@@ -61,15 +61,18 @@ class Learner:
         """That of the next step."""
         return float(self.schedule.get_last_lr()[0])
 
-    def take(self, group: Sequence[dict[str, Any]], step: int) -> Taken:
+    def take(
+        self, group: Sequence[dict[str, Any]], step: int, explodes: Callable[[float], bool] = lambda loss: False
+    ) -> Taken:
         """One optimiser step over a group of micro-batches.
 
         Args:
             group: micro-batches with ``origins``, the names of their rows.
             step: its number, counted from 1.
+            explodes: whether a step of this mean loss must not be taken.
 
         Raises:
-            TrainingError: a loss or the gradient is not finite; the weights are as before the step.
+            TrainingError: a loss or the gradient is not finite, or the loss explodes; the weights are as before.
         """
         task, accelerator = self.plan.task, self.accelerator
         origins = [batch["origins"] for batch in group]
@@ -81,16 +84,20 @@ class Learner:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 result = task.loss(self.model, batch)
                 if not math.isfinite(result.tally.loss):
-                    self._not_finite("The loss", result.tally.loss, step, origins[number])
+                    self._refuse(f"The loss is {result.tally.loss}", step, origins[number])
                 # Processes average their gradients; the sum over all of them is wanted.
                 loss = result.total * (accelerator.num_processes / units)
                 more = penalty(self.bare.base_model) if last and isinstance(self.bare, PeftModel) else None
                 accelerator.backward(loss if more is None else loss + more)
             total += result.tally
+        rows = [origin for names in origins for origin in names]
+        mean = self._summed(total.loss) / units
+        if explodes(mean):
+            self._refuse(f"The loss has exploded to {mean:.4g}", step, rows)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
         if not math.isfinite(norm):
-            self._not_finite("The gradient's norm", norm, step, [origin for names in origins for origin in names])
+            self._refuse(f"The gradient's norm is {norm}", step, rows)
         self.optimiser.step()
         self.schedule.step()
         if self.config.method == "lora" and self.config.family == "adalora":
@@ -98,20 +105,21 @@ class Learner:
         self.optimiser.zero_grad()
         return Taken(total, norm, sum(tokens(batch) for batch in batches))
 
-    def _not_finite(self, what: str, value: float, step: int, origins: Sequence[str]) -> NoReturn:
+    def _refuse(self, what: str, step: int, origins: Sequence[str]) -> NoReturn:
         self.optimiser.zero_grad()
         kept = f" What was learned until step {step - 1} is kept." if step > 1 else ""
         raise TrainingError(
-            f"{what} is {value} at step {step}, in the batch of {listed(origins)}; "
+            f"{what} at step {step}, in the batch of {listed(origins)}; "
             f"look at these rows, or lower learning_rate ({self.config.learning_rate:g}).{kept}"
         )
 
-    def _summed(self, count: int) -> int:
-        """A count over all processes."""
+    def _summed(self, count: float) -> float:
+        """A number over all processes."""
         if self.accelerator.num_processes == 1:
             return count
-        total: Tensor = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "sum")
-        return int(total)
+        mine = torch.tensor(count, device=self.accelerator.device, dtype=torch.float64)
+        total: Tensor = self.accelerator.reduce(mine, "sum")
+        return float(total)
 
 
 def _faster(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:

@@ -49,6 +49,13 @@ class RunLog:
         """The event ``start``, with what the run is on: versions, machine, process."""
         self.write("start", **values, **surroundings())
 
+    def resume(self, **values: Any) -> None:
+        """The event ``resume``, as ``start``; the seconds go on from the line before it."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            last = json.loads(self.path.read_text(encoding="utf-8").splitlines()[-1])
+            self.began -= last["seconds"]
+        self.write("resume", **values, **surroundings())
+
     def write(self, event: str, **values: Any) -> None:
         """Append one event with the seconds since the run began; a number that is not finite is written as null.
 

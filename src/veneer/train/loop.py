@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import nn
 
 from veneer.core.disk import write_text
@@ -19,7 +18,7 @@ from veneer.core.errors import TrainingError
 from veneer.core.records import RunRecord
 from veneer.engine.allocator import keep_freed_memory
 from veneer.tasks.task import Tally, measure
-from veneer.train import checkpoint
+from veneer.train import checkpoint, state
 from veneer.train.arithmetic import settled
 from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
@@ -27,6 +26,8 @@ from veneer.train.interrupt import Interrupt
 from veneer.train.learner import Learner
 from veneer.train.log import ProgressBar, RunLog, finite, peak_memory
 from veneer.train.prepare import Plan, prepare
+from veneer.train.progress import Progress
+from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, found, rewind
 from veneer.train.savings import saving
 from veneer.train.trackers import Trackers
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CONFIG_NAME = "run.yaml"
-RESULT_NAME = "result.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class RunResult:
     """The tokenizer that was used, with the chat template that was used."""
     folder: Path
     """The run folder."""
+    signal: int | None = None
+    """The signal that ended the run before its end: SIGINT or SIGTERM."""
 
 
 def train(
@@ -60,14 +60,16 @@ def train(
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
     on_ready: Callable[[Plan], None] | None = None,
     console: Console | None = None,
+    resume: bool = False,
 ) -> RunResult:
     """Run one training from config to run folder.
 
     >>> result = train(RunConfig(model="./model", data="train.jsonl", output="runs/first"))
     >>> result.record.held_out_after["loss"]
 
-    The folder gets ``run.yaml``, ``log.jsonl``, ``result.json``, ``best/`` (lowest held-out loss) and ``last/``.
-    Ctrl-C ends the run after the step in hand and keeps what was learned; the record says ``interrupted``.
+    The folder gets ``run.yaml``, ``log.jsonl``, ``result.json``, ``best/`` (best held-out metric), ``last/`` and
+    ``checkpoints/``, from which a run goes on that was killed at any moment. Ctrl-C and SIGTERM end the run after the
+    step in hand and keep what was learned; the record says ``interrupted``.
 
     Args:
         config: the run; its ``model`` and ``data`` are not read where the next four give them.
@@ -77,10 +79,13 @@ def train(
         eval_rows: held-out examples.
         on_ready: called before the first step with all that is known by then.
         console: where to draw a progress bar; None draws none.
+        resume: go on with the run that was stopped in ``config.output``: see ``resume.resumed``. On one process and a
+            CPU its weights will be bit for bit those of a run that was never stopped.
 
     Raises:
         UsageError, ConfigError, DataError: whatever is wrong, before anything is written.
-        TrainingError: a loss or gradient that is not finite; what was learned before is kept in ``last/``.
+        TrainingError: a loss or gradient that is not finite, or a loss that explodes; what was learned before is kept
+            in ``last/``.
         DiskError: the disk is full or not writable.
     """
     from accelerate.utils import set_seed
@@ -97,13 +102,17 @@ def train(
         train_rows=train_rows,
         eval_rows=eval_rows,
         processes=accelerator.num_processes,
+        resume=resume,
     )
-    plan = dataclasses.replace(plan, notes=(*measured, *plan.notes))
+    saved, said = found(Path(config.output).expanduser()) if resume else (None, [])
+    if saved is not None:
+        check(saved, plan)
+    plan = dataclasses.replace(plan, notes=(*said, *measured, *plan.notes))
     if on_ready is not None and accelerator.is_main_process:
         on_ready(plan)
     # A slower process must have found the folder empty before the first one writes into it.
     accelerator.wait_for_everyone()
-    return Loop(plan, accelerator).run(console if accelerator.is_main_process else None)
+    return Loop(plan, accelerator, saved).run(console if accelerator.is_main_process else None)
 
 
 def _accelerator(precision: str) -> Accelerator:
@@ -121,24 +130,19 @@ def _accelerator(precision: str) -> Accelerator:
 class Loop:
     """One run on its way."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator) -> None:
+    def __init__(self, plan: Plan, accelerator: Accelerator, saved: state.Saved | None = None) -> None:
         self.plan = plan
         self.config = plan.config
         self.accelerator = accelerator
         self.folder = Path(plan.config.output).expanduser()
+        self.saved = saved
+        # Taken before anything is learned.
+        self.about = agreement(plan)
         self.learner = Learner(plan, accelerator)
         self.bare, self.model = self.learner.bare, self.learner.model
         self.interrupt = Interrupt(self._on_interrupt)
-        self.step = 0
-        self.tokens = 0
-        self.seconds = 0.0
-        self.recent: deque[Tally] = deque(maxlen=max(1, plan.steps // 10))
-        self.unlogged = Tally()
-        self.before: dict[str, float] | None = None
-        self.after: dict[str, float] | None = None
-        self.measured_at = -1
-        self.best_loss = math.inf
-        self.best_step: int | None = None
+        self.progress = Progress.of(plan.steps)
+        self.stepping = False
         self.saved_last = False
 
     def run(self, console: Console | None) -> RunResult:
@@ -147,19 +151,18 @@ class Loop:
         self._begin()
         interrupted = False
         self.bar = ProgressBar(console, self.plan.steps, self.plan.steps_per_epoch)
-        saved = saving(self.plan, self.model, self.accelerator, self.log, self.bar)
-        with self.log, self.bar, saved, self.interrupt:
+        saving_memory = saving(self.plan, self.model, self.accelerator, self.log, self.bar)
+        with self.log, self.bar, saving_memory, self.interrupt:
             try:
-                self.before = self._measure()
-                self._steps()
-                interrupted = self.interrupt.asked and self.step < self.plan.steps
+                self._set_out()
+                interrupted = self._steps()
             except KeyboardInterrupt:
                 interrupted = True
             except TrainingError as error:
-                self.log.write("error", step=self.step, message=str(error))
+                self._write("error", step=self.progress.step, message=str(error))
                 self._save_last()
                 raise
-            if interrupted and self.step == 0:
+            if interrupted and self.progress.step == 0:
                 self._undo()
                 raise KeyboardInterrupt
             self._save_last()
@@ -169,8 +172,8 @@ class Loop:
         record = self._record(interrupted)
         if self.accelerator.is_main_process:
             write_text(self.folder / RESULT_NAME, json.dumps(finite(record.to_dict()), indent=2) + "\n")
-            self.log.write("end", step=self.step, interrupted=interrupted)
-        return RunResult(record, self.bare, self.plan.tokenizer, self.folder)
+        self._write("end", step=self.progress.step, interrupted=interrupted)
+        return RunResult(record, self.bare, self.plan.tokenizer, self.folder, self.interrupt.signal)
 
     # The parts of a run
 
@@ -178,6 +181,10 @@ class Loop:
         if not self.accelerator.is_main_process:
             return
         write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
+        rewind(self.folder, self.saved.values["progress"]["log_bytes"] if self.saved else 0)
+        if self.saved is not None:
+            self.log.resume(step=self.saved.step, notes=list(self.plan.notes))
+            return
         held_out = self.plan.held_out
         self.log.start(
             model=self.config.model,
@@ -191,50 +198,77 @@ class Loop:
             notes=list(self.plan.notes),
         )
 
+    def _set_out(self) -> None:
+        """From the checkpoint, or from a measurement of what is not yet trained."""
+        if self.saved is None:
+            self.progress.before = self._measure()
+            return
+        self.progress = state.restore(self.saved, self.learner, self.accelerator)
+        self.saved = None
+
     def _undo(self) -> None:
         """Nothing was learned: leave no folder that would be in the way of the next attempt."""
         (self.folder / CONFIG_NAME).unlink(missing_ok=True)
         self.log.undo()
 
-    def _steps(self) -> None:
+    def _steps(self) -> bool:
+        """All steps that are left; whether a signal came before the last one."""
         self.model.train()
         every = self.config.eval_every or self.plan.steps_per_epoch
         process, device = self.accelerator.process_index, self.accelerator.device
-        each = batches_from(self.plan, self.step, process=process, device=device)
-        while self.step < self.plan.steps and not self.interrupt.asked:
-            began = time.perf_counter()
-            taken = self.learner.take(next(each), self.step + 1)
-            self.seconds += time.perf_counter() - began
-            self.step += 1
-            self.tokens += taken.tokens
-            self.recent.append(taken.tally)
-            self._log_step(taken.tally, taken.norm)
-            if self.step % every == 0 or self.step == self.plan.steps:
+        each = batches_from(self.plan, self.progress.step, process=process, device=device)
+        if self.progress.step and self.progress.step % every == 0 and self.progress.measured_at != self.progress.step:
+            # The signal that stopped the run came while it was measuring.
+            self._evaluate()
+        while self.progress.step < self.plan.steps and not self.progress.tired(self.config.patience):
+            if self._asked():
+                return True
+            norm = self._step(next(each))
+            step, last = self.progress.step, self.progress.step == self.plan.steps
+            self._log_step(norm)
+            if step % every == 0 or last:
                 self._evaluate()
+            if step % (self.config.save_every or every) == 0 or last:
+                self._keep()
+        if self.progress.step < self.plan.steps:
+            self.bar.note(f"Nothing better than at step {self.progress.best_step} came in a while: stopped early.")
+        return False
 
-    def _log_step(self, tally: Tally, norm: float) -> None:
-        self.unlogged += tally
-        figures = {"tokens_per_second": self.tokens / self.seconds, "memory": peak_memory()}
+    def _step(self, group: list[dict[str, Any]]) -> float:
+        """One optimiser step; the gradient's norm before clipping."""
+        began = time.perf_counter()
+        self.stepping = True
+        taken = self.learner.take(
+            group, self.progress.step + 1, lambda loss: self.progress.explodes(loss, self.config.explosion)
+        )
+        self.progress.take(taken.tally, tokens=taken.tokens, seconds=time.perf_counter() - began)
+        self.stepping = False
+        return taken.norm
+
+    def _log_step(self, norm: float) -> None:
+        progress = self.progress
+        figures = {"tokens_per_second": progress.tokens / progress.seconds, "memory": peak_memory()}
+        latest = progress.recent[-1]
         rate = self.learner.learning_rate
-        self.bar.update(self.step, loss=tally.loss / tally.units, learning_rate=rate, **figures)
-        if self.step % self.config.log_every == 0 or self.step == self.plan.steps:
-            if self.accelerator.is_main_process:
-                self.log.write(
-                    "step",
-                    step=self.step,
-                    loss=self.unlogged.loss / self.unlogged.units,
-                    trained_tokens=self.unlogged.units,
-                    learning_rate=rate,
-                    gradient_norm=norm,
-                    **figures,
-                )
-            self.unlogged = Tally()
+        self.bar.update(progress.step, loss=latest.loss / max(1, latest.units), learning_rate=rate, **figures)
+        if progress.step % self.config.log_every == 0 or progress.step == self.plan.steps:
+            self._write(
+                "step",
+                step=progress.step,
+                loss=progress.unlogged.loss / max(1, progress.unlogged.units),
+                trained_tokens=progress.unlogged.units,
+                learning_rate=rate,
+                gradient_norm=norm,
+                **figures,
+            )
+            progress.unlogged = Tally()
 
     def _evaluate(self) -> None:
-        self.after = self._measure()
-        self.measured_at = self.step
-        if self.after is not None and self.after["loss"] < self.best_loss:
-            self.best_loss, self.best_step = self.after["loss"], self.step
+        metrics = self._measure()
+        if metrics is None:
+            return
+        lower = self.plan.task.goals[self.config.best_metric] == "min"
+        if self.progress.judge(metrics, self.config, lower=lower):
             self._save(checkpoint.BEST)
 
     def _measure(self) -> dict[str, float] | None:
@@ -253,25 +287,47 @@ class Loop:
             on_share=self._on_share,
         )
         metrics = self.plan.task.metrics(tally)
-        if self.accelerator.is_main_process:
-            self.log.write("eval", step=self.step, **metrics)
+        self._write("eval", step=self.progress.step, **metrics)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.bar.note(f"step {self.step}, held out: {shown}")
+        self.bar.note(f"step {self.progress.step}, held out: {shown}")
         self.bar.training()
         return metrics
 
     def _on_share(self, share: float) -> None:
-        if self.interrupt.asked:
+        # Alone: processes measure the same, but not at the same pace.
+        if self.interrupt.asked and self.accelerator.num_processes == 1:
             raise KeyboardInterrupt
         self.bar.measuring(share)
 
     def _on_interrupt(self) -> None:
-        self.bar.note("Interrupted: finishing this step, then saving what was learned. Ctrl-C again stops at once.")
+        self.bar.note("Interrupted: finishing this step, then saving what was learned. Once more stops at once.")
+
+    def _asked(self) -> bool:
+        """Whether any process was told to end: all end at the same step, since they wait for each other."""
+        if self.accelerator.num_processes == 1:
+            return self.interrupt.asked
+        mine = torch.tensor(float(self.interrupt.asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(mine, "sum") > 0)
 
     # What it keeps
 
+    def _write(self, event: str, **values: Any) -> None:
+        if self.accelerator.is_main_process:
+            self.log.write(event, **values)
+
+    def _keep(self) -> None:
+        """Write a checkpoint to resume from, and let go of the oldest."""
+        if self.config.keep == 0 or self.stepping:
+            return
+        if self.accelerator.is_main_process:
+            self.progress.log_bytes = self.log.path.stat().st_size
+        state.save(self.folder, self.learner, self.progress, self.accelerator, about=self.about)
+        if self.accelerator.is_main_process:
+            state.prune(self.folder, keep=self.config.keep, every=self.config.keep_every)
+
     def _save_last(self) -> None:
-        if self.step and not self.saved_last:
+        if self.progress.step and not self.saved_last:
+            self._keep()
             self._save(checkpoint.LAST)
             self.saved_last = True
 
@@ -282,13 +338,13 @@ class Loop:
             checkpoint.save(model, self.plan.tokenizer, self.folder / name, figures=self._figures())
 
     def _figures(self) -> dict[str, str]:
-        config = self.config
+        config, progress = self.config, self.progress
         size = f"{config.batch_size * config.accumulation * self.accelerator.num_processes} examples a step"
         rate = f"learning rate {config.learning_rate:g} ({config.schedule})"
-        figures = {"steps": f"{self.step} of {self.plan.steps}", "training data": self._data_name()}
+        figures = {"steps": f"{progress.step} of {self.plan.steps}", "training data": self._data_name()}
         figures["trained with"] = f"{config.optimizer}, {rate}, {size}, {config.precision}, seed {config.seed}"
-        if self.before and self.after:
-            figures["held-out loss"] = f"{self.before['loss']:.4f} before, {self.after['loss']:.4f} after"
+        if progress.before and progress.after:
+            figures["held-out loss"] = f"{progress.before['loss']:.4f} before, {progress.after['loss']:.4f} after"
         return figures
 
     def _data_name(self) -> str:
@@ -297,28 +353,28 @@ class Loop:
         return f"{name}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
 
     def _record(self, interrupted: bool) -> RunRecord:
-        recent = sum(self.recent, Tally())
-        held_out = self.plan.held_out
+        progress, held_out = self.progress, self.plan.held_out
+        recent = sum(progress.recent, Tally())
         return RunRecord(
             model=self.config.model or getattr(self.bare.config, "name_or_path", None) or None,
             task=self.config.task,
             method=self.config.method,
-            steps=self.step,
+            steps=progress.step,
             planned_steps=self.plan.steps,
             interrupted=interrupted,
-            seconds=self.seconds,
-            tokens_per_second=self.tokens / self.seconds if self.seconds else 0.0,
+            seconds=progress.seconds,
+            tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
             peak_memory=peak_memory(),
             trainable=self.plan.trained.trainable,
             total=self.plan.trained.total,
             train_loss=recent.loss / recent.units if recent.units else None,
-            held_out_before=self.before,
-            held_out_after=self.after if self.measured_at == self.step else None,
-            best_loss=self.best_loss if self.best_step is not None else None,
-            best_step=self.best_step,
+            held_out_before=progress.before,
+            held_out_after=progress.after if progress.measured_at == progress.step else None,
+            best_loss=progress.best["loss"] if progress.best else None,
+            best_step=progress.best_step,
             data=self.plan.train_set.report.to_dict(),
             held_out_data=held_out.report.to_dict() if held_out else None,
-            best=str(self.folder / checkpoint.BEST) if self.best_step is not None else None,
+            best=str(self.folder / checkpoint.BEST) if progress.best_step is not None else None,
             last=str(self.folder / checkpoint.LAST),
             notes=self.plan.notes,
             quantize=self.config.quantize,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.budget import set_total_step
 from veneer.adapters.model import PeftModel
-from veneer.core.errors import ConfigError, DataError, UsageError, listed
+from veneer.core.errors import ConfigError, DataError, UsageError, listed, nearest
 from veneer.data.batching import Batching, padding
 from veneer.data.encode import Encoded, EncodedSet
 from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
@@ -72,6 +72,7 @@ def prepare(
     train_rows: Iterable[Mapping[str, Any]] | None,
     eval_rows: Iterable[Mapping[str, Any]] | None,
     processes: int,
+    resume: bool = False,
 ) -> Plan:
     """Check and load all that a run needs, the cheap things first. Nothing is written.
 
@@ -83,7 +84,9 @@ def prepare(
     from veneer.tasks.loading import load_config, load_tokenizer
 
     task = tasks.get(config.task)
-    check_free(Path(config.output).expanduser())
+    if not resume:
+        check_free(Path(config.output).expanduser())
+    _check_metric(config, task)
     check_trackers(config)
     check_installed(config.optimizer)
     if config.model is None and (model is None or tokenizer is None):
@@ -98,6 +101,10 @@ def prepare(
     if limit is not None and limit < config.max_length and train_set.report.truncated:
         said.append(f"The model takes {limit} tokens at most, so examples are cut there, not at {config.max_length}.")
     held_out = _held_out(task, held_out_rows, tokenizer, how)
+    if held_out is None and config.patience is not None:
+        raise ConfigError(
+            "patience has no meaning when nothing is held out; give eval_data, or a larger eval_fraction."
+        )
     model = _loaded(config, task) if model is None else _given(config, model)
     gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
@@ -119,6 +126,14 @@ def prepare(
         speed=speed,
         steps=steps,
     )
+
+
+def _check_metric(config: RunConfig, task: AbstractTask) -> None:
+    if config.best_metric not in task.goals:
+        raise ConfigError(
+            f"best_metric is {config.best_metric!r}; task {config.task} has {listed(task.goals)}."
+            f"{nearest(config.best_metric, task.goals)}"
+        )
 
 
 def _loaded(config: RunConfig, task: AbstractTask) -> PreTrainedModel:
