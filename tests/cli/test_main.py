@@ -44,10 +44,17 @@ RUN_FIELDS = (
         "seed",
         "log_every",
         "eval_every",
+        "best_metric",
+        "min_delta",
+        "patience",
+        "save_every",
+        "keep",
+        "keep_every",
+        "explosion",
         "track",
     ),
 )
-RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config"}
+RUN_FLAGS = {f"--{name.replace('_', '-')}" for name in RUN_FIELDS} | {"--config", "--resume"}
 SURFACE = {
     "demo": {"--output", "--model", "--examples", "--seed", "--force"},
     "train": RUN_FLAGS | ADAPTER_FLAGS,

@@ -92,6 +92,14 @@ def test_states(tmp_path: Path) -> None:
     assert len(states) == 7
 
 
+def test_a_resumed_run_is_where_it_was_resumed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    again = {**HERE, "event": "resume", "seconds": 3.0, "step": 3}
+    written(tmp_path / "run", again, start={**HERE, "process": gone.pid})
+    assert find_runs([tmp_path])[0].state == "running"
+
+
 def test_other_methods_are_named(tmp_path: Path) -> None:
     written(tmp_path / "a", END, method="full")
     written(tmp_path / "b", END, quantize="nf4", family="vera")

@@ -149,7 +149,9 @@ def _method(config: dict[str, Any]) -> str:
 
 
 def _state(events: Sequence[dict[str, Any]], start: dict[str, Any]) -> str:
-    last = next((event for event in reversed(events) if event["event"] in ("start", "end", "error")), start)
+    begins = ("start", "resume")
+    start = next((event for event in reversed(events) if event["event"] in begins), start)
+    last = next((event for event in reversed(events) if event["event"] in (*begins, "end", "error")), start)
     if last.get("event") == "end":
         return "interrupted" if last.get("interrupted") else "finished"
     if last.get("event") == "error":
