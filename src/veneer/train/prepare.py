@@ -96,15 +96,7 @@ def prepare(
     tokenizer, said = task.prepare(rows, tokenizer)
     said += remarks(config.optimizer, PartialState().device.type)
     limit = longest_input(load_config(str(config.model)) if model is None else model.config)
-    how = {"max_length": min(config.max_length, limit or config.max_length), "train_on": config.train_on}
-    train_set = task.encode(rows, tokenizer, **how)
-    if limit is not None and limit < config.max_length and train_set.report.truncated:
-        said.append(f"The model takes {limit} tokens at most, so examples are cut there, not at {config.max_length}.")
-    held_out = _held_out(task, held_out_rows, tokenizer, how)
-    if held_out is None and config.patience is not None:
-        raise ConfigError(
-            "patience has no meaning when nothing is held out; give eval_data, or a larger eval_fraction."
-        )
+    train_set, held_out, cut = _sets(config, task, tokenizer, rows, held_out_rows, limit)
     model = _loaded(config, task) if model is None else _given(config, model)
     gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
@@ -121,11 +113,31 @@ def prepare(
         train_set=train_set,
         held_out=held_out,
         trained=trained,
-        notes=(*notes, *said, *trained.notes, *decided, *speed.notes()),
+        notes=(*notes, *said, *cut, *trained.notes, *decided, *speed.notes()),
         batching=batching,
         speed=speed,
         steps=steps,
     )
+
+
+def _sets(
+    config: RunConfig,
+    task: AbstractTask,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    held_out_rows: Sequence[Row],
+    limit: int | None,
+) -> tuple[EncodedSet, EncodedSet | None, list[str]]:
+    """Both sets as tokens, none longer than the model takes, and what that cut."""
+    how = {"max_length": min(config.max_length, limit or config.max_length), "train_on": config.train_on}
+    train_set = task.encode(rows, tokenizer, **how)
+    held_out = _held_out(task, held_out_rows, tokenizer, how)
+    if held_out is None and config.patience is not None:
+        raise ConfigError("patience has no meaning when nothing is held out; give eval_data or eval_fraction.")
+    if limit is None or limit >= config.max_length or not train_set.report.truncated:
+        return train_set, held_out, []
+    said = f"The model takes {limit} tokens at most, so examples are cut there, not at {config.max_length}."
+    return train_set, held_out, [said]
 
 
 def _check_metric(config: RunConfig, task: AbstractTask) -> None:
