@@ -27,7 +27,7 @@ from veneer.train.learner import Learner
 from veneer.train.log import ProgressBar, RunLog, finite, peak_memory
 from veneer.train.prepare import Plan, prepare
 from veneer.train.progress import Progress
-from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, found, rewind
+from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, picked_up, rewind
 from veneer.train.savings import saving
 from veneer.train.trackers import Trackers
 
@@ -79,8 +79,7 @@ def train(
         eval_rows: held-out examples.
         on_ready: called before the first step with all that is known by then.
         console: where to draw a progress bar; None draws none.
-        resume: go on with the run that was stopped in ``config.output``: see ``resume.resumed``. On one process and a
-            CPU its weights will be bit for bit those of a run that was never stopped.
+        resume: go on with the run that was stopped in ``config.output`` (see ``resume.resumed``), to the same weights.
 
     Raises:
         UsageError, ConfigError, DataError: whatever is wrong, before anything is written.
@@ -104,9 +103,7 @@ def train(
         processes=accelerator.num_processes,
         resume=resume,
     )
-    saved, said = found(Path(config.output).expanduser()) if resume else (None, [])
-    if saved is not None:
-        check(saved, plan)
+    saved, said = picked_up(plan) if resume else (None, [])
     plan = dataclasses.replace(plan, notes=(*said, *measured, *plan.notes))
     if on_ready is not None and accelerator.is_main_process:
         on_ready(plan)

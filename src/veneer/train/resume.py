@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,16 @@ def resumed(folder: str | Path, **overrides: Any) -> RunConfig:
     return RunConfig.read(place / CONFIG_NAME, **{**overrides, "output": str(folder)})
 
 
-def found(folder: Path) -> tuple[Saved | None, list[str]]:
+def picked_up(plan: Plan) -> tuple[Saved | None, list[str]]:
     """The checkpoint to go on from, and what there is to say about it.
 
     Leftovers of a process that was killed while it wrote are put in order first.
 
     Raises:
         UsageError: nothing was begun here, or all steps are done.
+        ConfigError: it is of another run.
     """
-    import json
-
+    folder = Path(plan.config.output).expanduser()
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"There is nothing to resume in {str(folder)!r}; leave resume out to begin a run there.")
     if (folder / RESULT_NAME).is_file():
@@ -64,6 +65,7 @@ def found(folder: Path) -> tuple[Saved | None, list[str]]:
     saved, said = newest(folder)
     if saved is None:
         return None, [*said, "No checkpoint was written yet, so the run begins anew."]
+    _check(saved, plan)
     return saved, [*said, f"The run goes on after step {saved.step:,}."]
 
 
@@ -80,7 +82,7 @@ def agreement(plan: Plan) -> dict[str, Any]:
     }
 
 
-def check(saved: Saved, plan: Plan) -> None:
+def _check(saved: Saved, plan: Plan) -> None:
     """Whether a prepared run is the one that a checkpoint is of.
 
     Raises:
