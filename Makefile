@@ -34,6 +34,7 @@ docs: $(READY)  ## Write the generated reference pages.
 bench: $(READY)  ## Measure against PEFT; wants a quiet machine.
 	$(BIN)/python benchmarks/bench_inject.py
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_train.py
 	$(BIN)/python benchmarks/bench_variants.py
 	$(BIN)/python benchmarks/bench_adapters.py
 	$(BIN)/python benchmarks/bench_inits.py

@@ -101,3 +101,15 @@ def test_unknown_options_are_refused(script: str) -> None:
     done = run(script, "--sped")
     assert done.returncode == 2
     assert "--sped" in done.stderr
+
+
+@pytest.mark.parametrize("case", ["ragged-q,v", "classify"])
+def test_train_measures_all_peers_on_the_same_examples(case: str, tmp_path: Path) -> None:
+    results, picture = tmp_path / "results.csv", tmp_path / "losses.png"
+    given = ("--tiny", "--case", case, "--steps", "1", "--batch", "2", "--plot", str(picture))
+    done = run("bench_train.py", *given, "--results", str(results))
+    assert done.returncode == 0, done.stderr
+    found = [(row["case"].rpartition("beside ")[2], row["metric"]) for row in rows(results)[1:]]
+    others = ["peft", "full"] if case == "classify" else ["peft", "trl", "full"]
+    assert found == [(o, metric) for o in others for metric in ("tokens/s", "peak memory", "of GEMM limit")]
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -26,8 +26,8 @@ from veneer.train.trackers import check_trackers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_TOKENS = 2048
-"""Tokens that go through the model at once, when a run does not say."""
+MAX_TOKENS = {"cpu": 1024, "other": 8192}
+"""Tokens that go through the model at once, when a run does not say: a GPU is idle with few, a CPU's caches are small."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,8 @@ def _batching(
     config: RunConfig, speed: Acceleration, lengths: Sequence[int], processes: int
 ) -> tuple[Batching, list[str]]:
     """How examples become steps, and what was decided about it."""
+    from accelerate import PartialState
+
     common = {"lengths": lengths, "batch_size": config.batch_size, "accumulation": config.accumulation}
     padded = Batching(**common, processes=processes, seed=config.seed)  # type: ignore[arg-type]
     if speed.packing is None:
@@ -178,7 +180,7 @@ def _batching(
         speed.packing.check()
     if speed.packing.reason is not None:
         return padded, [f"Batches are padded, because {speed.packing.reason}."]
-    most = config.max_tokens or MAX_TOKENS
+    most = config.max_tokens or MAX_TOKENS.get(PartialState().device.type, MAX_TOKENS["other"])
     saved = padding(lengths, config.batch_size)
     note = f"Examples are packed, at most {most:,} tokens at once; padded batches would be {saved:.0%} padding."
     return replace(padded, packed=True, max_tokens=most), [note]
