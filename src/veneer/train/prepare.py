@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = {"cpu": 1024, "other": 8192}
-"""Tokens that go through the model at once, when a run does not say: a GPU is idle with few, a CPU's caches are small."""
+"""Tokens at once when a run does not say: a GPU is idle with few, and the caches of a CPU are small."""
 
 
 @dataclass(frozen=True)
