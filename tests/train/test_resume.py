@@ -181,7 +181,6 @@ def test_a_run_that_is_finished_or_was_never_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"batch_size": 2}, "batch_size was 4 and is 2"),
         ({"learning_rate": 1e-4}, r"learning_rate was 0\.005 and is 0\.0001"),
         ({"max_steps": 20}, "max_steps was 8 and is 20"),
         ({"r": 4}, "r was 8 and is 4"),
@@ -198,6 +197,16 @@ def test_another_config_is_refused_by_name(
     with pytest.raises(ConfigError, match=f"This is not the run that was stopped: .*{said}"):
         go_on(tmp_path / "run", **change)
     assert (tmp_path / "run/log.jsonl").read_bytes() == before
+
+
+def test_a_step_keeps_its_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        begin(tmp_path / "run")
+    with pytest.raises(ConfigError, match="A step of this run has 4 examples, which 1 processes cannot share"):
+        go_on(tmp_path / "run", batch_size=3)
+    result = go_on(tmp_path / "run", batch_size=2)
+    assert "On 1 processes, 2 batches of 2 make a step of 4 examples." in result.record.notes
 
 
 def test_other_data_and_another_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

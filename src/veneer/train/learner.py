@@ -30,7 +30,7 @@ class Taken:
     """A step that was taken."""
 
     tally: Tally
-    """Of this process's share of the step."""
+    """Of the step, over all processes."""
     norm: float
     """The gradient's norm before it was clipped."""
     tokens: int
@@ -91,9 +91,9 @@ class Learner:
                 accelerator.backward(loss if more is None else loss + more)
             total += result.tally
         rows = [origin for names in origins for origin in names]
-        mean = self._summed(total.loss) / units
-        if explodes(mean):
-            self._refuse(f"The loss has exploded to {mean:.4g}", step, rows)
+        loss_of_all = self._summed(total.loss)
+        if units and explodes(loss_of_all / units):
+            self._refuse(f"The loss has exploded to {loss_of_all / units:.4g}", step, rows)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
         if not math.isfinite(norm):
@@ -103,7 +103,8 @@ class Learner:
         if self.config.method == "lora" and self.config.family == "adalora":
             self.bare.base_model.update_and_allocate(step)  # type: ignore[union-attr,operator]
         self.optimiser.zero_grad()
-        return Taken(total, norm, sum(tokens(batch) for batch in batches))
+        read = self._summed(sum(tokens(batch) for batch in batches))
+        return Taken(Tally(loss_of_all, int(units)), norm, int(read))
 
     def _refuse(self, what: str, step: int, origins: Sequence[str]) -> NoReturn:
         self.optimiser.zero_grad()

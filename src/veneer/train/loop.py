@@ -26,8 +26,9 @@ from veneer.train.interrupt import Interrupt
 from veneer.train.learner import Learner
 from veneer.train.log import ProgressBar, RunLog, finite, peak_memory
 from veneer.train.prepare import Plan, prepare
+from veneer.train.processes import joined
 from veneer.train.progress import Progress
-from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, picked_up, rewind
+from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, picked_up, rewind
 from veneer.train.savings import saving
 from veneer.train.trackers import Trackers
 
@@ -90,10 +91,11 @@ def train(
     from accelerate.utils import set_seed
 
     keep_freed_memory()
-    accelerator = _accelerator(config.precision)
+    accelerator = joined(config.precision)
     config, measured = settled(config, model)
-    accelerator = _accelerator(config.precision) if measured else accelerator
+    accelerator = joined(config.precision) if measured else accelerator
     set_seed(config.seed)
+    saved, config, said = picked_up(config, accelerator.num_processes) if resume else (None, config, [])
     plan = prepare(
         config,
         model=model,
@@ -103,24 +105,14 @@ def train(
         processes=accelerator.num_processes,
         resume=resume,
     )
-    saved, said = picked_up(plan) if resume else (None, [])
+    if saved is not None:
+        check(saved, plan)
     plan = dataclasses.replace(plan, notes=(*said, *measured, *plan.notes))
     if on_ready is not None and accelerator.is_main_process:
         on_ready(plan)
     # A slower process must have found the folder empty before the first one writes into it.
     accelerator.wait_for_everyone()
     return Loop(plan, accelerator, saved).run(console if accelerator.is_main_process else None)
-
-
-def _accelerator(precision: str) -> Accelerator:
-    """An accelerator of this precision. accelerate keeps it for the whole process, which may do several runs."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    wanted = "bf16" if precision == "bf16" else "no"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=wanted)
 
 
 @final

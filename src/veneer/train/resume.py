@@ -13,6 +13,7 @@ from veneer.core.errors import ConfigError, UsageError, listed
 from veneer.train.config import RunConfig
 from veneer.train.log import LOG_NAME
 from veneer.train.prepare import Plan
+from veneer.train.processes import with_processes
 from veneer.train.state import FOLDER, Saved, newest
 
 CONFIG_NAME = "run.yaml"
@@ -21,10 +22,20 @@ RESULT_NAME = "result.json"
 FREE = frozenset(
     {
         *("model", "data", "eval_data", "output", "log_every", "eval_every", "save_every", "keep", "keep_every"),
-        *("patience", "explosion", "track", "checkpoint", "memory_limit", "offload_activations"),
+        *(
+            "batch_size",
+            "accumulation",
+            "patience",
+            "explosion",
+            "track",
+            "checkpoint",
+            "memory_limit",
+            "offload_activations",
+        ),
     }
 )
-"""Fields that may change on the way: paths, whose content is compared, and what has no part in the weights."""
+"""Fields that may change on the way: paths, whose content is compared, how a step is shared out, whose examples are
+counted, and what has no part in the weights."""
 
 
 def resumed(folder: str | Path, **overrides: Any) -> RunConfig:
@@ -45,28 +56,32 @@ def resumed(folder: str | Path, **overrides: Any) -> RunConfig:
     return RunConfig.read(place / CONFIG_NAME, **{**overrides, "output": str(folder)})
 
 
-def picked_up(plan: Plan) -> tuple[Saved | None, list[str]]:
-    """The checkpoint to go on from, and what there is to say about it.
+def picked_up(config: RunConfig, processes: int) -> tuple[Saved | None, RunConfig, list[str]]:
+    """The checkpoint to go on from, the config for as many processes as there are, and what there is to say.
 
     Leftovers of a process that was killed while it wrote are put in order first.
 
     Raises:
         UsageError: nothing was begun here, or all steps are done.
-        ConfigError: it is of another run.
+        ConfigError: so many processes cannot share its steps.
     """
-    folder = Path(plan.config.output).expanduser()
+    from accelerate import PartialState
+
+    folder = Path(config.output).expanduser()
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"There is nothing to resume in {str(folder)!r}; leave resume out to begin a run there.")
     if (folder / RESULT_NAME).is_file():
         result = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
         if not result["interrupted"]:
             raise UsageError(f"The run in {str(folder)!r} is finished, after {result['steps']:,} steps.")
-    _tidy(folder)
+    if PartialState().is_main_process:
+        _tidy(folder)
+    PartialState().wait_for_everyone()
     saved, said = newest(folder)
     if saved is None:
-        return None, [*said, "No checkpoint was written yet, so the run begins anew."]
-    _check(saved, plan)
-    return saved, [*said, f"The run goes on after step {saved.step:,}."]
+        return None, config, [*said, "No checkpoint was written yet, so the run begins anew."]
+    config, shared = with_processes(config, saved, processes)
+    return saved, config, [*said, f"The run goes on after step {saved.step:,}.", *shared]
 
 
 def agreement(plan: Plan) -> dict[str, Any]:
@@ -78,11 +93,13 @@ def agreement(plan: Plan) -> dict[str, Any]:
         "the held-out data": held_out.fingerprint if held_out else None,
         "the model": fingerprint(model.base_model) if isinstance(model, PeftModel) else None,
         "the number of steps": plan.steps,
+        "examples a step": plan.batching.per_step,
+        "packing": plan.batching.packed or plan.config.batch_size,
         "config": {name: value for name, value in plan.config.to_dict().items() if name not in FREE},
     }
 
 
-def _check(saved: Saved, plan: Plan) -> None:
+def check(saved: Saved, plan: Plan) -> None:
     """Whether a prepared run is the one that a checkpoint is of.
 
     Raises:

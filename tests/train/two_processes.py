@@ -1,0 +1,48 @@
+"""One process of a run that several do together, or alone; run by test_processes.py.
+
+python two_processes.py FOLDER JSON   (with RANK, WORLD_SIZE and the rest in the environment, as torchrun sets them)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from tests import chat
+from veneer.core.errors import VeneerError
+from veneer.train.config import RunConfig
+from veneer.train.learner import Learner
+from veneer.train.loop import train
+from veneer.train.resume import resumed
+
+
+def main(folder: str, text: str) -> int:
+    """Train; what the exit code says is what the command line would."""
+    settings: dict[str, Any] = json.loads(text)
+    torch.set_num_threads(1)
+    resume, stop_at = settings.pop("resume", False), settings.pop("stop_at", None)
+    take = Learner.take
+
+    def taking(self: Learner, group: Any, step: int, *args: Any) -> Any:
+        # The last process alone is told to end.
+        if step == stop_at and int(os.environ.get("RANK", "0")) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, group, step, *args)
+
+    Learner.take = taking  # type: ignore[method-assign]
+    config = resumed(folder, **settings) if resume else RunConfig(output=folder, **settings)
+    try:
+        result = train(config, model=chat.model(), tokenizer=chat.tokenizer(), train_rows=chat.pairs(22), resume=resume)
+    except VeneerError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 128 + signal.SIGTERM if result.record.interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
