@@ -65,8 +65,7 @@ def train(
 ) -> RunResult:
     """Run one training from config to run folder.
 
-    >>> result = train(RunConfig(model="./model", data="train.jsonl", output="runs/first"))
-    >>> result.record.held_out_after["loss"]
+    >>> train(RunConfig(model="./model", data="train.jsonl", output="runs/first")).record.held_out_after["loss"]
 
     The folder gets ``run.yaml``, ``log.jsonl``, ``result.json``, ``best/`` (best held-out metric), ``last/`` and
     ``checkpoints/``, from which a run goes on that was killed at any moment. Ctrl-C and SIGTERM end the run after the
@@ -84,8 +83,7 @@ def train(
 
     Raises:
         UsageError, ConfigError, DataError: whatever is wrong, before anything is written.
-        TrainingError: a loss or gradient that is not finite, or a loss that explodes; what was learned before is kept
-            in ``last/``.
+        TrainingError: a loss or gradient is not finite, or a loss explodes; what was learned before is kept.
         DiskError: the disk is full or not writable.
     """
     from accelerate.utils import set_seed
