@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import gzip
 import json
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def test_bad_content_is_one_sentence_with_the_line(tmp_path: Path, name: str, co
     with pytest.raises(DataError, match=message) as caught:
         read_rows(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "origin"),
+    [("train.jsonl.gz", '{"text": "grün"}\n', "train.jsonl.gz:1"), ("train.csv.GZ", "text\ngrün\n", "train.csv.GZ:2")],
+)
+def test_gzipped_files_are_read_as_what_is_in_them(tmp_path: Path, name: str, content: str, origin: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    assert [(row.origin, row.values) for row in read_rows(tmp_path)] == [(origin, {"text": "grün"})]
+    assert chosen(data_files(tmp_path), TRAIN_NAMES) == [tmp_path / name]
+
+
+def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "a"}\n' * 100)
+    damaged = whole[:10] + b"\xff" * 8 + whole[18:]
+    for content in (b"not gzip at all", whole[:-9], damaged):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz is not readable as gzip: "):
+            read_rows(tmp_path / "a.jsonl.gz")
+    (tmp_path / "a.txt.gz").write_bytes(whole)
+    with pytest.raises(UsageError, match=r"ends in '\.txt\.gz'"):
+        read_rows(tmp_path / "a.txt.gz")
 
 
 def test_bad_paths(tmp_path: Path) -> None:

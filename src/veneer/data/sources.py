@@ -1,10 +1,13 @@
-"""Rows from a file or folder of JSONL, CSV or Parquet, each knowing where it stands: "train.jsonl:17"."""
+"""Rows from a file or folder of JSONL, CSV (both also gzipped) or Parquet, each knowing its place: "train.jsonl:17"."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,7 @@ def read_rows(path: str | Path | Sequence[Path]) -> list[Row]:
         DataError: a line that cannot be read (named), or no row at all.
     """
     files = data_files(path) if isinstance(path, str | Path) else list(path)
-    rows = [row for file in files for row in _READERS[file.suffix.lower()](file)]
+    rows = [row for file in files for row in _READERS[_ending(file)](file)]
     if not rows:
         raise DataError(f"{listed(map(str, files))} holds no rows; expected one example a line.")
     return rows
@@ -62,21 +65,27 @@ def data_files(path: str | Path) -> list[Path]:
     place = Path(path).expanduser()
     kinds = ", ".join(_READERS)
     if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in _READERS and file.is_file())
+        files = sorted(file for file in place.iterdir() if _ending(file) in _READERS and file.is_file())
         if not files:
             raise UsageError(f"The folder {str(path)!r} has no data files; expected files ending in {kinds}.")
         return files
     if not place.exists():
         beside = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
         raise UsageError(f"There is no file or folder {str(path)!r}.{nearest(place.name, beside)}")
-    if place.suffix.lower() not in _READERS:
-        raise UsageError(f"{str(path)!r} ends in {place.suffix or 'nothing'!r}; expected one of {kinds}.")
+    if _ending(place) not in _READERS:
+        raise UsageError(f"{str(path)!r} ends in {_ending(place) or 'nothing'!r}; expected one of {kinds}.")
     return [place]
 
 
 def chosen(files: Sequence[Path], names: Sequence[str]) -> list[Path]:
     """The files of a folder that are called by one of ``names``: ``train.jsonl``, ``train-0001.parquet``, ..."""
     return [file for file in files if file.stem.lower().replace("_", "-").split("-")[0].split(".")[0] in names]
+
+
+def _ending(path: Path) -> str:
+    """What tells a file's kind: its suffix, of a gzipped file the one before as well."""
+    last = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() + last if last == ".gz" else last
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -100,7 +109,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _open(path: Path) -> Any:
     try:
-        return path.open("rb")
+        if path.suffix.lower() != ".gz":
+            return path.open("rb")
+        # Whole, as its rows are kept anyway: so a file that is cut short is known before a row of it is used.
+        return io.BytesIO(gzip.decompress(path.read_bytes()))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not readable as gzip: {str(error).rstrip('.')}.") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
 
@@ -181,4 +195,6 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".jsonl.gz": _read_jsonl,
+    ".csv.gz": _read_csv,
 }

@@ -68,7 +68,7 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     model: str | None = None
     """The base model: a folder, or a name on the hub."""
     data: str | None = None
-    """The training data: a .jsonl, .csv or .parquet file, or a folder of them."""
+    """The training data: a .jsonl, .csv (either also as .gz) or .parquet file, or a folder of them."""
     eval_data: str | None = None
     """The held-out data; without it, a share of the training data is held out."""
     eval_fraction: float = Field(0.05, ge=0, lt=1)
