@@ -97,6 +97,37 @@ def test_another_number_of_processes_takes_over(before: int, after: int, alone: 
     same(tmp_path / "run", alone)
 
 
+def test_a_loss_that_breaks_on_one_process_ends_both(tmp_path: Path) -> None:
+    """The process with whole losses does not wait for ever, and both say which rows it was."""
+    codes, said = run(tmp_path / "run", 2, batch_size=2, break_at=3)
+    assert codes == {1}, said
+    told = [line for line in said.splitlines() if "The loss is nan at step 3, in the batch of example" in line]
+    assert len(told) == 2
+    assert told[0] == told[1]
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2]
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "strategy"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ],
+)
+def test_a_strategy_that_would_not_run_is_refused(
+    variable: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.core.errors import UsageError
+    from veneer.train.processes import joined
+
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UsageError, match=f"accelerate is configured for {strategy}, but veneer trains with DDP"):
+        joined("fp32")
+
+
 def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would do the whole run, and write over the other."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -26,12 +26,16 @@ def main(folder: str, text: str) -> int:
     settings: dict[str, Any] = json.loads(text)
     torch.set_num_threads(1)
     resume, stop_at = settings.pop("resume", False), settings.pop("stop_at", None)
+    break_at = settings.pop("break_at", None)
+    is_last = int(os.environ.get("RANK", "0")) == int(os.environ["WORLD_SIZE"]) - 1
     take = Learner.take
 
     def taking(self: Learner, group: Any, step: int, *args: Any) -> Any:
         # The last process alone is told to end.
-        if step == stop_at and int(os.environ.get("RANK", "0")) == int(os.environ["WORLD_SIZE"]) - 1:
+        if step == stop_at and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == break_at and is_last:
+            self.bare.get_input_embeddings().weight.data.fill_(float("nan"))  # type: ignore[operator]
         return take(self, group, step, *args)
 
     Learner.take = taking  # type: ignore[method-assign]

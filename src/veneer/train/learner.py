@@ -79,12 +79,13 @@ class Learner:
         batches = [{key: value for key, value in batch.items() if key != "origins"} for batch in group]
         units = self._summed(sum(task.units(batch) for batch in batches))
         total = Tally()
+        broken: tuple[float, list[str]] | None = None
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 result = task.loss(self.model, batch)
-                if not math.isfinite(result.tally.loss):
-                    self._refuse(f"The loss is {result.tally.loss}", step, origins[number])
+                if broken is None and not math.isfinite(result.tally.loss):
+                    broken = result.tally.loss, origins[number]
                 # Processes average their gradients; the sum over all of them is wanted.
                 loss = result.total * (accelerator.num_processes / units)
                 more = penalty(self.bare.base_model) if last and isinstance(self.bare, PeftModel) else None
@@ -92,12 +93,16 @@ class Learner:
             total += result.tally
         rows = [origin for names in origins for origin in names]
         loss_of_all = self._summed(total.loss)
+        if not math.isfinite(loss_of_all):
+            # Not before: the other processes would wait for ever for the gradients of one that has left.
+            loss, names = next(found for found in self._of_all([broken]) if found is not None)
+            self._refuse(f"The loss is {loss}", step, names)
         if units and explodes(loss_of_all / units):
-            self._refuse(f"The loss has exploded to {loss_of_all / units:.4g}", step, rows)
+            self._refuse(f"The loss has exploded to {loss_of_all / units:.4g}", step, self._of_all(rows))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
         if not math.isfinite(norm):
-            self._refuse(f"The gradient's norm is {norm}", step, rows)
+            self._refuse(f"The gradient's norm is {norm}", step, self._of_all(rows))
         self.optimiser.step()
         self.schedule.step()
         if self.config.method == "lora" and self.config.family == "adalora":
@@ -113,6 +118,12 @@ class Learner:
             f"{what} at step {step}, in the batch of {listed(origins)}; "
             f"look at these rows, or lower learning_rate ({self.config.learning_rate:g}).{kept}"
         )
+
+    def _of_all(self, mine: list[Any]) -> list[Any]:
+        """The items of all processes, in their order."""
+        from accelerate.utils import gather_object
+
+        return list(gather_object(mine))
 
     def _summed(self, count: float) -> float:
         """A number over all processes."""

@@ -14,15 +14,32 @@ from veneer.train.state import Saved
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""What accelerate launch sets for a strategy other than DDP, and its name."""
+
 
 def joined(precision: str) -> Accelerator:
     """An accelerator of this precision. accelerate keeps it for the whole process, which may do several runs.
 
     Raises:
-        UsageError: the launcher started more processes than found each other: each would do the whole run alone.
+        UsageError: the launcher started more processes than found each other: each would do the whole run alone; or
+            it asks for a strategy that shards the model.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
+
+    # On a CPU accelerate would take DDP instead without a word; elsewhere each process would save its shard alone.
+    for variable, strategy in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise UsageError(
+                f"accelerate is configured for {strategy}, but veneer trains with DDP, every process with the whole "
+                f"model; start the run with torchrun, or without what sets {variable}."
+            )
 
     wanted = "bf16" if precision == "bf16" else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
