@@ -318,8 +318,11 @@ def exploding(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 
 def test_an_exploding_loss_ends_the_run_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exploding(monkeypatch, 7)
+    model = chat.model()
     with pytest.raises(TrainingError, match=r"The loss has exploded to \d+.* at step 7, in the batch of example"):
-        begin(tmp_path / "run")
+        train(RunConfig(output=str(tmp_path / "run"), **SETTINGS), **given(model=model))
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in module.__dict__ for module in model.modules())
     assert events(tmp_path / "run", "step")[-1]["step"] == 6
     assert state.checkpoints(tmp_path / "run")[0].name == "step-00000006"
     (error,) = events(tmp_path / "run", "error")

@@ -7,7 +7,8 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from types import TracebackType
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,14 @@ class Acceleration:
     packing: Packing | None
     """Whether it takes packed rows; None when that was not asked for."""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
     def undo(self) -> None:
-        """Make the model again what it was, apart from what it learned."""
+        """Make the model again what it was, apart from what it learned; done by itself at the end of a with block."""
         if self.packing is not None:
             self.packing.undo()
         if self.kernels is not None:

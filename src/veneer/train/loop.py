@@ -139,7 +139,7 @@ class Loop:
         interrupted = False
         self.bar = ProgressBar(console, self.plan.steps, self.plan.steps_per_epoch)
         saving_memory = saving(self.plan, self.model, self.accelerator, self.log, self.bar)
-        with self.log, self.bar, saving_memory, self.interrupt:
+        with self.plan.speed, self.log, self.bar, saving_memory, self.interrupt:
             try:
                 self._set_out()
                 interrupted = self._steps()
@@ -155,7 +155,6 @@ class Loop:
             self._save_last()
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.bare.eval()
-        self.plan.speed.undo()
         record = self._record(interrupted)
         if self.accelerator.is_main_process:
             write_text(self.folder / RESULT_NAME, json.dumps(finite(record.to_dict()), indent=2) + "\n")
