@@ -70,8 +70,11 @@ def _conv(dimensions: int, **options: Any) -> BaseCase:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     sizes = (5, 4, 4)[:dimensions]
 
+    # More outputs than twice the rank, which LoRA-GA needs; nine of them for the groups.
+    outputs = 5 if "groups" not in options else 3 * options["groups"]
+
     def module() -> nn.Module:
-        return kind(2 * options.get("groups", 1), 3 * options.get("groups", 1), _KERNEL[:dimensions], **options)
+        return kind(2 * options.get("groups", 1), outputs, _KERNEL[:dimensions], **options)
 
     def plain(conv: nn.Module, x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
         # In the layer's own words, so that only W is another: the padding is tested against torch in test_conv.py.
