@@ -20,7 +20,20 @@ from veneer.train.families import adapter_fields
 
 ADAPTER_FLAGS = {f"--{name.replace('_', '-')}" for name in adapter_fields()}
 RUN_FIELDS = (
-    *("model", "data", "eval_data", "eval_fraction", "output", "task", "method", "epochs", "max_steps"),
+    *(
+        "model",
+        "data",
+        "eval_data",
+        "eval_fraction",
+        "columns",
+        "on_bad_row",
+        "truncate",
+        "output",
+        "task",
+        "method",
+        "epochs",
+        "max_steps",
+    ),
     *(
         "batch_size",
         "accumulation",
@@ -59,6 +72,9 @@ SURFACE = {
     "demo": {"--output", "--model", "--examples", "--seed", "--force"},
     "train": RUN_FLAGS | ADAPTER_FLAGS,
     "runs": {"--compare", "--plot", "--force"},
+    "data": {
+        *("--model", "--preview", "--task", "--max-length", "--truncate", "--train-on", "--columns", "--batch-size"),
+    },
     "generate": {
         "--model",
         "--adapter",
@@ -73,7 +89,7 @@ SURFACE = {
     },
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
-        *("--task", "--max-length", "--train-on", "--batch-size"),
+        *("--task", "--max-length", "--train-on", "--columns", "--batch-size"),
     },
     "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--into", "--force"},
     "extract": {

@@ -118,7 +118,7 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no file or folder .*Did you mean 'train\.jsonl'"):
         read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(UsageError, match=r"ends in '\.txt'; expected one of \.jsonl, \.csv, \.parquet"):
+    with pytest.raises(UsageError, match=r"ends in '\.txt'; expected one of \.json, \.jsonl, \.csv, \.parquet"):
         read_rows(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="has no data files"):
         read_rows(tmp_path / "empty")

@@ -336,3 +336,18 @@ def test_a_run_needs_a_model_and_data(tmp_path: Path) -> None:
         train(RunConfig(output=str(tmp_path / "run")))
     with pytest.raises(ConfigError, match="has no data"):
         train(RunConfig(output=str(tmp_path / "run"), model="m"))
+
+
+def test_bad_rows_end_the_run_or_are_counted(tmp_path: Path) -> None:
+    rows = [*chat.pairs(8), {"prompt": "no answer"}, {"prompt": 3, "completion": "x"}]
+    with pytest.raises(DataError, match="example 9 has the columns prompt"):
+        run(tmp_path / "fail", rows=rows)
+    result = run(tmp_path / "skip", rows=rows, on_bad_row="skip", epochs=1)
+    assert "2 bad rows are left out: example 9 has the columns prompt" in " ".join(result.record.notes)
+    assert result.record.data["rows"] + result.record.held_out_data["rows"] == 8
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in chat.pairs(8)]
+    result = run(tmp_path / "run", rows=rows, columns="prompt=question,completion=answer", epochs=1)
+    assert result.record.data["rows"] == 7

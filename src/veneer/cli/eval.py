@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from veneer.evaluate.scoring import Score
 
 
-@run_options("task", "max_length", "train_on", "batch_size", "quantize")
+@run_options("task", "max_length", "train_on", "columns", "batch_size", "quantize")
 def evaluate(
     data: Annotated[str, typer.Option(metavar="FILE", help="A data file, or a folder of them.", show_default=False)],
     model: Annotated[
@@ -62,10 +62,11 @@ def _scored(model: str | None, adapter: str | None, files: list[Path], settings:
     from veneer.evaluate.scoring import score
     from veneer.tasks import task as tasks
     from veneer.tasks.loading import adapter_folder, load_model, tokenizer_for
+    from veneer.train.prepare import checked
 
     kind = tasks.get(settings.task)
     folder = adapter_folder(adapter) if adapter is not None else None
-    rows = read_rows(files)
+    rows = checked(read_rows(files), settings.columns, None)
     if model is None:
         assert folder is not None
         model = PeftConfig.from_pretrained(folder).base_model_name_or_path

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from veneer.cli.convert import convert
+from veneer.cli.data import data
 from veneer.cli.demo import demo
 from veneer.cli.env import env
 from veneer.cli.eval import evaluate
@@ -35,6 +36,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
     "runs": runs,
+    "data": data,
     "generate": generate,
     "eval": evaluate,
     "merge": merge,

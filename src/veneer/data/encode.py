@@ -7,7 +7,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.core.errors import DataError
 from veneer.data.formats import Sample
@@ -15,6 +15,9 @@ from veneer.data.masking import Masked, masked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["end", "start", "drop", "fail"]
+"""What becomes of a sequence that is too long."""
 
 IGNORED = -100
 """The label of a token that is not trained; torch's cross entropy skips it."""
@@ -57,6 +60,8 @@ class EncodingReport:
     """Those that are trained."""
     longest: int
     """Tokens of the longest sequence."""
+    dropped: int = 0
+    """Sequences left out for being longer than the longest length allowed."""
 
     def to_dict(self) -> dict[str, Any]:
         """The counts by name."""
@@ -85,27 +90,43 @@ class EncodedSet:
 
 
 def encode(
-    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, *, max_length: int, completions_only: bool = True
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    completions_only: bool = True,
+    truncate: Truncation = "end",
 ) -> EncodedSet:
-    """Tokenize, mask, and cut what is longer than ``max_length`` tokens at its end.
+    """Tokenize, mask, and deal with what is longer than ``max_length`` tokens: cut its end or start, drop it, or fail.
 
     Raises:
-        DataError: not one token of the whole set would be trained, or a row that cannot be rendered.
+        DataError: not one token of the whole set would be trained, a row that cannot be rendered, or with "fail" one
+            that is too long.
     """
     examples: list[Encoded] = []
-    truncated = tokens_cut = left_out = 0
+    truncated = tokens_cut = left_out = dropped = 0
     for sample in samples:
         for tokens in masked(sample, tokenizer, completions_only=completions_only):
-            if len(tokens.input_ids) > max_length:
+            over = len(tokens.input_ids) - max_length
+            if over > 0 and truncate == "fail":
+                raise DataError(
+                    f"{sample.origin} has {len(tokens.input_ids):,} tokens, and at most {max_length:,} are taken; "
+                    "raise max_length, or let truncate be end, start or drop."
+                )
+            if over > 0 and truncate == "drop":
+                dropped += 1
+                continue
+            if over > 0:
                 truncated += 1
-                tokens_cut += len(tokens.input_ids) - max_length
-            example = _example(sample.origin, tokens, max_length)
+                tokens_cut += over
+            example = _example(sample.origin, tokens, max_length, from_start=truncate == "start")
             if example.trained:
                 examples.append(example)
             else:
                 left_out += 1
     if not examples:
         cut = f" {truncated} of them were cut at max_length={max_length}, before their answers." if truncated else ""
+        cut += f" {dropped} of them were dropped as longer than max_length={max_length}." if dropped else ""
         raise DataError(
             f"None of the {len(samples)} rows has a token to train: all is masked.{cut} Expected answers (assistant "
             "turns, completions, outputs or text) within the longest length allowed."
@@ -119,11 +140,14 @@ def encode(
         tokens=sum(len(example.input_ids) for example in examples),
         trained_tokens=sum(example.trained for example in examples),
         longest=max(len(example.input_ids) for example in examples),
+        dropped=dropped,
     )
     return EncodedSet(tuple(examples), report)
 
 
-def _example(origin: str, tokens: Masked, max_length: int) -> Encoded:
-    ids = tokens.input_ids[:max_length]
-    flags = [False, *tokens.trained[1:max_length]]
-    return Encoded(origin, ids, [token if flag else IGNORED for token, flag in zip(ids, flags, strict=False)])
+def _example(origin: str, tokens: Masked, max_length: int, *, from_start: bool) -> Encoded:
+    first = max(0, len(tokens.input_ids) - max_length) if from_start else 0
+    ids, trained = tokens.input_ids[first:][:max_length], tokens.trained[first:][:max_length]
+    # Nothing stands before the first token that could predict it.
+    flags = [False, *trained[1:]]
+    return Encoded(origin, ids, [token if flag else IGNORED for token, flag in zip(ids, flags, strict=True)])

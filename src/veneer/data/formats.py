@@ -10,8 +10,21 @@ from typing import Any, Literal
 from veneer.core.errors import DataError, listed, nearest
 from veneer.data.sources import Row
 
-EXPECTED = "messages, prompt + completion, instruction (+ input) + output, or text"
-_COLUMNS = ("messages", "prompt", "completion", "instruction", "input", "output", "text")
+EXPECTED = "messages, conversations, prompt + completion, instruction (+ input) + output, or text"
+COLUMNS = (
+    *("messages", "conversations", "system", "tools"),
+    *("prompt", "completion", "instruction", "input", "output", "text"),
+)
+"""Every column that is understood."""
+
+_ROLES = {
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("function_call",), "assistant"),
+}
+"""From who speaks in ShareGPT's conversations to the role of a chat template."""
 
 Kind = Literal["chat", "pair", "text"]
 
@@ -28,6 +41,8 @@ class Sample:
     """The turns of a chat or pair, with ``role`` and ``content``; answers have the role "assistant"."""
     text: str = ""
     """The text of a plain text."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """The tools that the assistant may call, as the chat template wants them described."""
 
 
 def recognise(rows: Sequence[Row]) -> list[Sample]:
@@ -39,23 +54,73 @@ def recognise(rows: Sequence[Row]) -> list[Sample]:
     return [_sample(row) for row in rows]
 
 
+def usable(rows: Sequence[Row], bad: list[str]) -> list[Row]:
+    """The rows that are understood; the reason against each of the others is added to ``bad``."""
+    found = []
+    for row in rows:
+        try:
+            _sample(row)
+        except DataError as error:
+            bad.append(str(error))
+        else:
+            found.append(row)
+    return found
+
+
 def _sample(row: Row) -> Sample:
     values = row.values
+    tools = _tools(row)
     if "messages" in values:
-        return Sample(row.origin, "chat", _messages(row))
+        return Sample(row.origin, "chat", _with_system(row, _messages(row, _listed(row, "messages"))), tools=tools)
+    if "conversations" in values:
+        return Sample(row.origin, "chat", _with_system(row, _messages(row, _conversation(row))), tools=tools)
     if "prompt" in values and "completion" in values:
-        return Sample(row.origin, "pair", _pair(_text(row, "prompt"), _text(row, "completion")))
+        messages = _with_system(row, _pair(_text(row, "prompt"), _text(row, "completion")))
+        return Sample(row.origin, "pair" if len(messages) == 2 else "chat", messages, tools=tools)
     if "instruction" in values and "output" in values:
         more = _text(row, "input") if values.get("input") is not None else ""
         request = _text(row, "instruction")
-        return Sample(row.origin, "chat", _pair(f"{request}\n\n{more}" if more else request, _text(row, "output")))
+        pair = _pair(f"{request}\n\n{more}" if more else request, _text(row, "output"))
+        return Sample(row.origin, "chat", _with_system(row, pair), tools=tools)
     if "text" in values:
         return Sample(row.origin, "text", text=_text(row, "text"))
     found = [str(column) for column in values]
-    hints = [nearest(column, _COLUMNS, most=1) for column in found if column not in _COLUMNS]
+    hints = [nearest(column, COLUMNS, most=1) for column in found if column not in COLUMNS]
     raise DataError(
         f"{row.origin} has the columns {listed(found) or 'none'}; expected {EXPECTED}.{next(filter(None, hints), '')}"
     )
+
+
+def _with_system(row: Row, messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """A row's ``system`` column before its turns, unless they begin with a system message of their own."""
+    if not row.values.get("system") or messages[0]["role"] == "system":
+        return messages
+    return {"role": "system", "content": _text(row, "system")}, *messages
+
+
+def _tools(row: Row) -> tuple[dict[str, Any], ...]:
+    if not row.values.get("tools"):
+        return ()
+    tools = _listed(row, "tools")
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{row.origin} has tools = {_short(row.values['tools'])}; expected a list of descriptions.")
+    return tuple(dict(tool) for tool in tools)
+
+
+def _conversation(row: Row) -> list[Any]:
+    """ShareGPT's turns, with ``from`` and ``value``, as messages."""
+    turns: list[Any] = []
+    for number, turn in enumerate(_listed(row, "conversations"), start=1):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            turns.append(turn)
+            continue
+        if turn["from"] not in _ROLES:
+            raise DataError(
+                f"{row.origin} has a turn {number} from {turn['from']!r}; expected {listed(_ROLES, most=20)}."
+                f"{nearest(str(turn['from']), _ROLES)}"
+            )
+        turns.append({"role": _ROLES[turn["from"]], "content": turn["value"]})
+    return turns
 
 
 def _pair(request: str, answer: str) -> tuple[dict[str, Any], ...]:
@@ -76,24 +141,30 @@ def _checked(origin: str, name: str, value: Any) -> str:
     return value
 
 
-def _messages(row: Row) -> tuple[dict[str, Any], ...]:
-    messages = row.values["messages"]
-    if isinstance(messages, str):
+def _listed(row: Row, column: str) -> list[Any]:
+    value = row.values[column]
+    if isinstance(value, str):
         # A CSV cell can hold a list only as JSON.
         try:
-            messages = json.loads(messages)
+            value = json.loads(value)
         except json.JSONDecodeError:
-            raise DataError(f"{row.origin} has messages = {_short(messages)}; expected a JSON list.") from None
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{row.origin} has messages = {_short(messages)}; expected a list of turns.")
+            raise DataError(f"{row.origin} has {column} = {_short(value)}; expected a JSON list.") from None
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{row.origin} has {column} = {_short(value)}; expected a list of turns.")
+    return value
+
+
+def _messages(row: Row, messages: list[Any]) -> tuple[dict[str, Any], ...]:
     turns = []
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise DataError(f"{row.origin} has {_short(message)} as message {number}; expected role and content.")
-        for key in ("role", "content"):
-            _checked(row.origin, f"{key} of message {number}", message[key])
         # Parquet fills the fields that a turn does not have with nothing; templates test for their presence.
-        turns.append({key: value for key, value in message.items() if value is not None})
+        turn = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+        # An assistant that calls a tool need not say anything.
+        if "role" not in turn or not ("content" in turn or turn.get("tool_calls")):
+            raise DataError(f"{row.origin} has {_short(message)} as message {number}; expected role and content.")
+        for key in ("role", "content") if "content" in turn else ("role",):
+            _checked(row.origin, f"{key} of message {number}", turn[key])
+        turns.append({"content": "", **turn} if turn["role"] == "assistant" else turn)
     return tuple(turns)
 
 

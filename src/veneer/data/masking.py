@@ -44,10 +44,10 @@ def masked(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, completions_on
         ids = list(tokenizer(sample.text, verbose=False)["input_ids"])
         return [_closed(Masked(ids, [True] * len(ids)), tokenizer)]
     if not completions_only:
-        ids = _ids(tokenizer, render(tokenizer, sample.messages, origin=sample.origin))
+        ids = _ids(tokenizer, render(tokenizer, sample.messages, tools=sample.tools, origin=sample.origin))
         return [_closed(_ended(Masked(ids, [True] * len(ids)), tokenizer), tokenizer)]
     if not any(message["role"] == "assistant" for message in sample.messages):
-        ids = _ids(tokenizer, render(tokenizer, sample.messages, origin=sample.origin))
+        ids = _ids(tokenizer, render(tokenizer, sample.messages, tools=sample.tools, origin=sample.origin))
         return [Masked(ids, [False] * len(ids))]
     whole = _spans(sample, tokenizer, sample.messages, every_answer=True)
     if whole is not None:
@@ -64,11 +64,15 @@ def _spans(
 ) -> tuple[str, Spans] | None:
     """The rendered text and where each answer stands in it; None when it does not grow turn by turn."""
     last = _answers(messages)[-1]
-    text = render(tokenizer, messages[: last + 1], origin=sample.origin)
+    text = render(tokenizer, messages[: last + 1], tools=sample.tools, origin=sample.origin)
     spans = []
     for turn in _answers(messages) if every_answer else [last]:
-        before = render(tokenizer, messages[:turn], add_generation_prompt=True, origin=sample.origin)
-        after = text if turn == last else render(tokenizer, messages[: turn + 1], origin=sample.origin)
+        before = render(
+            tokenizer, messages[:turn], add_generation_prompt=True, tools=sample.tools, origin=sample.origin
+        )
+        after = (
+            text if turn == last else render(tokenizer, messages[: turn + 1], tools=sample.tools, origin=sample.origin)
+        )
         if not (text.startswith(after) and after.startswith(before)):
             return None
         spans.append((len(before), len(after)))

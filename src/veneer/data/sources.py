@@ -30,15 +30,19 @@ class Row:
     """Its columns."""
 
 
-def read_rows(path: str | Path | Sequence[Path]) -> list[Row]:
+def read_rows(path: str | Path | Sequence[Path], *, bad: list[str] | None = None) -> list[Row]:
     """Every row of a file, of a folder's data files in order of their names, or of the listed files.
+
+    Args:
+        path: what to read.
+        bad: takes the reason against each line of JSONL that cannot be read, instead of failing at the first.
 
     Raises:
         UsageError: there is no such file, or it is of another kind.
         DataError: a line that cannot be read (named), or no row at all.
     """
     files = data_files(path) if isinstance(path, str | Path) else list(path)
-    rows = [row for file in files for row in _READERS[_ending(file)](file)]
+    rows = [row for file in files for row in _READERS[_ending(file)](file, bad)]
     if not rows:
         raise DataError(f"{listed(map(str, files))} holds no rows; expected one example a line.")
     return rows
@@ -65,7 +69,7 @@ def data_files(path: str | Path) -> list[Path]:
     place = Path(path).expanduser()
     kinds = ", ".join(_READERS)
     if place.is_dir():
-        files = sorted(file for file in place.iterdir() if _ending(file) in _READERS and file.is_file())
+        files = sorted(file for file in place.iterdir() if _ending(file) in _IN_FOLDERS and file.is_file())
         if not files:
             raise UsageError(f"The folder {str(path)!r} has no data files; expected files ending in {kinds}.")
         return files
@@ -119,21 +123,41 @@ def _open(path: Path) -> Any:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path, bad: list[str] | None) -> Iterator[Row]:
     for number, text in _lines(path):
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            raise DataError(f"{path}:{number} is not a line of JSON: {reason}; it begins {text[:40]!r}.") from None
+            _refuse(f"{path}:{number} is not a line of JSON: {reason}; it begins {text[:40]!r}.", bad)
+            continue
         if not isinstance(values, dict):
-            raise DataError(
-                f"{path}:{number} is a JSON {type(values).__name__}; expected an object with columns, one a line."
-            )
+            kind = type(values).__name__
+            _refuse(f"{path}:{number} is a JSON {kind}; expected an object with columns, one a line.", bad)
+            continue
         yield Row(f"{path.name}:{number}", values)
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _refuse(reason: str, bad: list[str] | None) -> None:
+    if bad is None:
+        raise DataError(reason)
+    bad.append(reason)
+
+
+def _read_json(path: Path, bad: list[str] | None) -> Iterator[Row]:
+    with _open(path) as stream:
+        text = _decoded(path, stream.read())
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(values, list) or not all(isinstance(item, dict) for item in values):
+        raise DataError(f"{path} holds no list of objects; expected [{{...}}, ...] with the columns of each example.")
+    for number, item in enumerate(values, start=1):
+        yield Row(f"{path.name}:{number}", item)
+
+
+def _read_csv(path: Path, bad: list[str] | None) -> Iterator[Row]:
     # Python's own limit of 128 KiB a field is shorter than many documents.
     before = csv.field_size_limit(sys.maxsize)
     try:
@@ -172,7 +196,7 @@ def _decoded(path: Path, content: bytes) -> str:
         ) from None
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, bad: list[str] | None) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -191,10 +215,14 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not readable as Parquet: {str(error).splitlines()[0]}") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".jsonl.gz": _read_jsonl,
     ".csv.gz": _read_csv,
 }
+
+_IN_FOLDERS = _READERS.keys() - {".json"}
+"""What is read of a folder: a .json there mostly says something about the data, and is read when it is named."""

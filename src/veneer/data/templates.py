@@ -48,6 +48,7 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
     origin: str = "The conversation",
 ) -> str:
     """The text of a conversation; with ``add_generation_prompt`` up to where the assistant begins to answer.
@@ -61,7 +62,10 @@ def render(
 
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except (TemplateError, TypeError, IndexError, KeyError) as error:
         raise DataError(f"{origin} does not fit the tokenizer's chat template: {error}.") from None

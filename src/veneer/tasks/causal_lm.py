@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from veneer.core.task_type import TaskType
 from veneer.data.collate import collate
-from veneer.data.encode import IGNORED, Encoded, EncodedSet, encode
+from veneer.data.encode import IGNORED, Encoded, EncodedSet, Truncation, encode
 from veneer.data.formats import recognise
 from veneer.data.sources import Row
 from veneer.data.templates import with_template
@@ -43,9 +43,16 @@ class Task(AbstractTask):
         return tokenizer, notes
 
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, train_on: str
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on: str,
+        truncate: Truncation = "end",
     ) -> EncodedSet:
-        return encode(recognise(rows), tokenizer, max_length=max_length, completions_only=train_on == "completion")
+        only = train_on == "completion"
+        return encode(recognise(rows), tokenizer, max_length=max_length, completions_only=only, truncate=truncate)
 
     def collate(
         self, examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, packed: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.core import registry
 from veneer.core.errors import ConfigError, nearest
 from veneer.core.task_type import TaskType
-from veneer.data.encode import Encoded, EncodedSet
+from veneer.data.encode import Encoded, EncodedSet, Truncation
 from veneer.data.sources import Row
 
 if TYPE_CHECKING:
@@ -77,7 +77,13 @@ class AbstractTask(ABC):
 
     @abstractmethod
     def encode(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, train_on: str
+        self,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        train_on: str,
+        truncate: Truncation = "end",
     ) -> EncodedSet:
         """Rows as sequences with labels.
 

@@ -15,6 +15,7 @@ from veneer.core.adalora_config import AdaLoraConfig
 from veneer.core.config import TunerConfig
 from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
+from veneer.data.encode import Truncation
 from veneer.tasks.quantise import Quantisation
 from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
 
@@ -73,6 +74,10 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """The held-out data; without it, a share of the training data is held out."""
     eval_fraction: float = Field(0.05, ge=0, lt=1)
     """The share of the training data to hold out when there is no held-out data; 0 holds out nothing."""
+    columns: str | None = None
+    """The data's own names for columns, as in instruction=question,output=answer."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What a row does that cannot be used: end the run with its line and reason, or be left out and counted."""
     output: str
     """The run folder to write; it must not exist, or be empty."""
     task: str = "causal_lm"
@@ -120,6 +125,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """The arithmetic of the forward pass; what is trained stays in fp32. auto measures which one is faster here."""
     max_length: int = Field(1024, ge=2)
     """Tokens after which an example is cut."""
+    truncate: Truncation = "end"
+    """What becomes of a longer example: its end or start is cut, it is dropped, or the run fails and names it."""
     train_on: Literal["completion", "all"] = "completion"
     """Which tokens are trained: the answers only, or all."""
     seed: int = Field(0, ge=0, le=2**32 - 1)

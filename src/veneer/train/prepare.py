@@ -12,7 +12,9 @@ from veneer.adapters.budget import set_total_step
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, DataError, UsageError, listed, nearest
 from veneer.data.batching import Batching, padding
+from veneer.data.columns import parsed, renamed
 from veneer.data.encode import Encoded, EncodedSet
+from veneer.data.formats import usable
 from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, Row, chosen, data_files, read_rows, rows_of
 from veneer.engine.accelerate import Acceleration, accelerate
 from veneer.tasks import task as tasks
@@ -129,7 +131,11 @@ def _sets(
     limit: int | None,
 ) -> tuple[EncodedSet, EncodedSet | None, list[str]]:
     """Both sets as tokens, none longer than the model takes, and what that cut."""
-    how = {"max_length": min(config.max_length, limit or config.max_length), "train_on": config.train_on}
+    how = {
+        "max_length": min(config.max_length, limit or config.max_length),
+        "train_on": config.train_on,
+        "truncate": config.truncate,
+    }
     train_set = task.encode(rows, tokenizer, **how)
     held_out = _held_out(task, held_out_rows, tokenizer, how)
     if held_out is None and config.patience is not None:
@@ -202,35 +208,57 @@ def _rows(
     config: RunConfig, train_rows: Iterable[Mapping[str, Any]] | None, eval_rows: Iterable[Mapping[str, Any]] | None
 ) -> tuple[list[Row], list[Row], list[str]]:
     """Training rows, held-out rows, and what was decided about them."""
-    notes: list[str] = []
-    held_out_files: Sequence[Path] = ()
-    if train_rows is not None:
-        rows = rows_of(train_rows)
-    elif config.data is not None:
-        files = data_files(config.data)
-        named = chosen(files, TRAIN_NAMES)
-        if named:
-            held_out_files = () if config.eval_data or eval_rows is not None else chosen(files, HELD_OUT_NAMES)
-            others = [file.name for file in files if file not in named and file not in held_out_files]
-            if len(files) > len(named):
-                notes.append(
-                    f"Of {config.data}, {listed(f.name for f in named)} is trained on, "
-                    f"{listed(f.name for f in held_out_files) or 'nothing'} is held out, "
-                    f"{listed(others) or 'nothing'} is left alone."
-                )
-        rows = read_rows(named or files)
-    else:
-        raise ConfigError("The run config has no data: expected a .jsonl, .csv or .parquet file, or a folder of them.")
+    bad: list[str] | None = [] if config.on_bad_row == "skip" else None
+    rows, held_out_files, notes = _training(config, train_rows, bad, look=eval_rows is None)
+    rows = checked(rows, config.columns, bad)
     if eval_rows is not None:
-        return rows, rows_of(eval_rows), notes
-    if config.eval_data is not None:
-        return rows, read_rows(config.eval_data), notes
-    if held_out_files:
-        return rows, read_rows(held_out_files), notes
-    rows, held_out = _split(rows, config.eval_fraction, config.seed)
-    if not held_out:
-        notes.append("Nothing is held out, so no best is kept, only the last.")
+        held_out = checked(rows_of(eval_rows), config.columns, bad)
+    elif config.eval_data is not None or held_out_files:
+        held_out = checked(read_rows(config.eval_data or held_out_files, bad=bad), config.columns, bad)
+    else:
+        rows, held_out = _split(rows, config.eval_fraction, config.seed)
+        if not held_out:
+            notes.append("Nothing is held out, so no best is kept, only the last.")
+    if bad:
+        notes.append(f"{len(bad):,} bad rows are left out: {' '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}")
     return rows, held_out, notes
+
+
+def _training(
+    config: RunConfig, train_rows: Iterable[Mapping[str, Any]] | None, bad: list[str] | None, *, look: bool
+) -> tuple[list[Row], Sequence[Path], list[str]]:
+    """Rows to train on, the files of a folder that are to be held out, and what was decided about it."""
+    if train_rows is not None:
+        return rows_of(train_rows), (), []
+    if config.data is None:
+        raise ConfigError("The run config has no data: expected a .jsonl, .csv or .parquet file, or a folder of them.")
+    files = data_files(config.data)
+    named = chosen(files, TRAIN_NAMES)
+    held_out = chosen(files, HELD_OUT_NAMES) if named and look and not config.eval_data else []
+    notes = []
+    if named and len(files) > len(named):
+        others = [file.name for file in files if file not in named and file not in held_out]
+        notes.append(
+            f"Of {config.data}, {listed(f.name for f in named)} is trained on, "
+            f"{listed(f.name for f in held_out) or 'nothing'} is held out, "
+            f"{listed(others) or 'nothing'} is left alone."
+        )
+    return read_rows(named or files, bad=bad), held_out, notes
+
+
+def checked(rows: Sequence[Row], columns: str | None, bad: list[str] | None) -> list[Row]:
+    """Rows under the names that are understood, without the bad ones when these are collected.
+
+    Raises:
+        DataError: a column that is named is not there, or no row is left.
+    """
+    found = list(rows) if columns is None else renamed(rows, parsed(columns))
+    if bad is None:
+        return found
+    found = usable(found, bad)
+    if not found:
+        raise DataError(f"None of the {len(rows):,} rows can be used; the first: {bad[0]}")
+    return found
 
 
 def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
