@@ -46,7 +46,11 @@ def run(folder: Path, processes: int, **settings: Any) -> tuple[set[int], str]:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         command = [*script, json.dumps({**(SETTINGS if not settings.get("resume") else {}), **settings})]
         running.append(subprocess.Popen(command, env={**environment, **ranks}, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=240)[1] for process in running]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return {process.returncode for process in running}, "\n".join(said)
 
 

@@ -177,6 +177,8 @@ class Loop:
             task=self.config.task,
             method=self.config.method,
             steps=self.plan.steps,
+            processes=self.accelerator.num_processes,
+            fingerprint=self.plan.train_set.fingerprint,
             trainable=self.plan.trained.trainable,
             total=self.plan.trained.total,
             data=self.plan.train_set.report.to_dict(),
