@@ -274,7 +274,7 @@ def test_dropout_compiles_too() -> None:
 
     y = torch.compile(run, fullgraph=True, backend="aot_eager")(*learn)
     plain = F.linear(given["x"], given["W_OI"], given["bias_O"])
-    update = torch.linalg.lstsq(given["B_OR"].double(), (y - plain).detach().double().t() / SCALING).solution
+    update = torch.linalg.lstsq(given["B_OR"].detach().double(), (y - plain).detach().double().t() / SCALING).solution
     # In the mean over many rows the update is that of all of x.
     expected = given["x"].detach().double() @ given["A_RI"].detach().double().t()
     slope = (update.t() * expected).sum() / expected.square().sum()
