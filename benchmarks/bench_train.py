@@ -135,7 +135,7 @@ def library_tokens(tokenizer: Any) -> list[int]:
     """The docstrings of the standard library as one stream of tokens."""
     from veneer.data.docstrings import docstring_pairs
 
-    pairs, _ = docstring_pairs(4000, 0)
+    pairs, _ = docstring_pairs(1000, 0)
     text = "\n\n".join(f"{pair.signature}\n{pair.summary}" for pair in pairs)
     return list(tokenizer(text, verbose=False)["input_ids"])
 
