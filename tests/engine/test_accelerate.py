@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -79,6 +80,14 @@ def test_logits_are_there_for_whoever_evaluates() -> None:
     count = 7
     expected = plain(**batch, num_items_in_batch=count).loss
     torch.testing.assert_close(model(**batch, num_items_in_batch=count).loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_trains_itself() -> None:
+    model = accelerated(adapted()).train()
+    twin = copy.deepcopy(model)
+    twin(**padded(rows(3))).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert any(p.grad is not None for p in twin.parameters())
 
 
 def test_it_is_taken_back() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -83,7 +82,7 @@ def accelerated(model: nn.Module, *, kernels: bool = True, packing: bool = True)
     keep_freed_memory()
     bare = underlying(model)
     if form_of(model) is not None:
-        bare.__dict__["forward"] = _with_loss(bare)
+        bare.__dict__["forward"] = _WithLoss(bare)
 
     def undo() -> None:
         bare.__dict__.pop("forward", None)
@@ -105,23 +104,25 @@ def restored(model: nn.Module) -> nn.Module:
     return model
 
 
-def _with_loss(model: nn.Module) -> Callable[..., Any]:
-    """A model's forward that computes the loss of labels without the whole logits, while it trains."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+@final
+class _WithLoss:
+    """A model's forward that computes the loss of labels without the whole logits, while it trains.
 
-    own = model.forward
+    An object and not a closure, so that a copy of the model gets one of its own.
+    """
 
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.own = model, model.forward
+        self.__signature__ = inspect.signature(model.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        labels, training = kwargs.get("labels"), self.model.training and torch.is_grad_enabled()
         # TRL's trainer has a fused head of its own and asks for it.
-        alone = args or labels is None or not model.training or not torch.is_grad_enabled() or "fused_lm_head" in kwargs
-        if alone:
-            return own(*args, **kwargs)
+        if args or labels is None or not training or "fused_lm_head" in kwargs:
+            return self.own(*args, **kwargs)
         inputs = {key: value for key, value in kwargs.items() if key not in ("labels", "num_items_in_batch")}
-        found = language_loss(model, inputs, labels)
+        found = language_loss(self.model, inputs, labels)
         count: int | Tensor | None = kwargs.get("num_items_in_batch")
         return CausalLMOutputWithPast(loss=found.total / (max(found.units, 1) if count is None else count))
-
-    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-    return forward
