@@ -3,7 +3,8 @@
 By default glibc maps every buffer above 32 MiB anew, smaller ones too until it has adapted, and gives memory at its
 heap's end back: each step's activations are then pages that the kernel must find and clear again. In a loop that only
 fills and frees activation-sized buffers that was two thirds of the time, and half of a real step's page faults. The
-peak is 3 % higher when memory is kept, and what a run has freed stays with the process until it ends. See mallopt(3).
+peak of a training run was 3 % higher when memory is kept (a bare loop of few, large buffers can be unluckier: small
+objects that stay split their places), and what a run has freed stays with the process until it ends. See mallopt(3).
 """
 
 from __future__ import annotations
