@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -151,3 +152,29 @@ def test_help_has_an_example_and_every_field(
     assert "veneer train --model ./model --data train.jsonl" in text
     for name in (*run_fields(), *adapter_fields()):
         assert f"--{name.replace('_', '-')} " in text
+
+
+def test_several_files_of_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.written(place / "more.jsonl", chat.pairs(4))
+    assert train("--data", "more.jsonl", "--max-steps", "1", "--eval-fraction", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 16
+    assert RunConfig.read(place / "run/run.yaml").data == ["train.jsonl", "more.jsonl"]
+    assert "train.jsonl, more.jsonl, 16 examples" in (place / "run/last/README.md").read_text()
+
+
+def test_data_from_stdin(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = io.BytesIO((place / "train.jsonl").read_bytes())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
+    command = ["train", "--model", "model", "--data", "-", "--output", "run", "--max-steps", "1"]
+    assert main([*command, "--eval-data", "-"]) == 2
+    assert "data - (stdin) is given twice" in capsys.readouterr().err
+    assert main([*command, "--eval-data", "train.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["rows"] == 12
+
+
+def test_held_out_data_of_a_folder_that_has_its_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "folder").mkdir()
+    for name, count in (("train", 8), ("valid", 3), ("test", 2)):
+        chat.written(place / "folder" / f"{name}.jsonl", chat.pairs(count))
+    assert train("--eval-data", "folder", "--max-steps", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["held_out_data"]["rows"] == 3

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import hashlib
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.core.errors import DataError, UsageError
-from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, chosen, data_files, read_rows, rows_of
+from veneer.data import arrow
+from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, chosen, read_rows, rows_of, sources
 
 
 def test_jsonl_rows_know_their_line(tmp_path: Path) -> None:
@@ -78,6 +82,9 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
         ("a.csv", b"text\n", r"a\.csv holds no rows"),
         ("a.csv", b"", r"a\.csv holds no rows"),
         ("a.csv", b"text\nfine\n\xe9t\xe9\n", r"a\.csv:3 is not UTF-8: byte 0xe9"),
+        ("a.txt", b"fine\n\xff\n", r"a\.txt:2 is not UTF-8: byte 0xff"),
+        ("a.json", b'[{"text": "a"}, 3]', r"a\.json:2 is a JSON int; expected a list of objects"),
+        ("a.csv", b"t\xe9xt\nfine\n", r"a\.csv:1 is not UTF-8: byte 0xe9"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", r"a\.csv:3 has 3 cells; expected 2: a, b"),
         ("a.csv", b"a,a\n1,2\n", r"a\.csv:1 has the columns a, a"),
         ("a.csv", b'a,b\n"1,2\n', r"a\.csv is not readable as CSV"),
@@ -97,7 +104,7 @@ def test_bad_content_is_one_sentence_with_the_line(tmp_path: Path, name: str, co
 def test_gzipped_files_are_read_as_what_is_in_them(tmp_path: Path, name: str, content: str, origin: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(content.encode()))
     assert [(row.origin, row.values) for row in read_rows(tmp_path)] == [(origin, {"text": "grün"})]
-    assert chosen(data_files(tmp_path), TRAIN_NAMES) == [tmp_path / name]
+    assert [source.place for source in chosen(sources(tmp_path), TRAIN_NAMES)] == [str(tmp_path / name)]
 
 
 def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
@@ -107,19 +114,19 @@ def test_a_broken_gzip_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "a.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"a\.jsonl\.gz is not readable as gzip: "):
             read_rows(tmp_path / "a.jsonl.gz")
-    (tmp_path / "a.txt.gz").write_bytes(whole)
-    with pytest.raises(UsageError, match=r"ends in '\.txt\.gz'"):
-        read_rows(tmp_path / "a.txt.gz")
+    (tmp_path / "a.xml.gz").write_bytes(whole)
+    with pytest.raises(UsageError, match=r"ends in '\.xml\.gz'"):
+        read_rows(tmp_path / "a.xml.gz")
 
 
 def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.xml").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no file or folder .*Did you mean 'train\.jsonl'"):
         read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(UsageError, match=r"ends in '\.txt'; expected one of \.json, \.jsonl, \.csv, \.parquet"):
-        read_rows(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match=r"ends in '\.xml'; expected one of \.json, \.jsonl, \.csv, \.parquet"):
+        read_rows(tmp_path / "notes.xml")
     with pytest.raises(UsageError, match="has no data files"):
         read_rows(tmp_path / "empty")
 
@@ -134,7 +141,7 @@ def test_files_are_chosen_by_their_first_word(tmp_path: Path) -> None:
     names = ["train.jsonl", "train-0001.jsonl", "training.jsonl", "valid.csv", "dev_2.jsonl", "test.jsonl"]
     for name in names:
         (tmp_path / name).write_text("x")
-    files = data_files(tmp_path)
+    files = sources(tmp_path)
     assert {file.name for file in chosen(files, TRAIN_NAMES)} == {"train.jsonl", "train-0001.jsonl"}
     assert {file.name for file in chosen(files, HELD_OUT_NAMES)} == {"valid.csv", "dev_2.jsonl"}
 
@@ -151,3 +158,136 @@ def test_whatever_json_writes_is_read_back(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     assert [dict(row.values) for row in read_rows(path)] == values
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kept", "reasons"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{\n[1]\n\xff\n{"text": "b"}\n', [1, 5], [2, 3, 4]),
+        ("a.txt", b"a\n\n\xff\nb\n", [1, 4], [3]),
+        ("a.csv", b'text,more\n"a\nb",1\n\xff,1\n1,2,3\nb,1\n', [2, 6], [4, 5]),
+        ("a.json", b'[{"text": "a"}, 3, {"text": "b"}]', [1, 3], [2]),
+    ],
+)
+def test_each_bad_row_is_named_and_the_others_are_read(
+    tmp_path: Path, name: str, content: bytes, kept: list[int], reasons: list[int]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    bad: list[str] = []
+    assert [row.origin for row in read_rows(tmp_path / name, bad=bad)] == [f"{name}:{number}" for number in kept]
+    assert [reason.split(" ")[0] for reason in bad] == [f"{tmp_path / name}:{number}" for number in reasons]
+
+
+def test_csv_cells_may_have_line_separators_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\none\u2028two,three\x0cfour\n", encoding="utf-8")
+    (row,) = read_rows(tmp_path / "a.csv")
+    assert row.values == {"prompt": "one\u2028two", "completion": "three\x0cfour"}
+
+
+def test_each_line_of_a_text_is_an_example(tmp_path: Path) -> None:
+    """As the text reader of datasets does it, but for blank lines."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.txt").write_bytes("one \n\ntwo\r\n  drei \u00fc\n".encode())
+    rows = read_rows(tmp_path / "a.txt")
+    assert [row.origin for row in rows] == ["a.txt:1", "a.txt:3", "a.txt:4"]
+    theirs = datasets.Dataset.from_text(str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache"))["text"]
+    assert [row.values["text"] for row in rows] == [text for text in theirs if text.strip()]
+
+
+def test_several_names_and_patterns(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.jsonl").write_text('{"text": "y"}\n')
+    found = read_rows([tmp_path / "b.jsonl", str(tmp_path / "[ab].jsonl"), tmp_path / "b.jsonl"])
+    assert [row.origin for row in found] == ["b.jsonl:1", "a.jsonl:1"]
+    assert [row.origin for row in read_rows(tmp_path / "*.txt")] == ["c.txt:1"]
+    assert len(read_rows(str(tmp_path / "**" / "*.jsonl"))) == 3
+    # Two files of one name are told apart by their folders.
+    twins = [tmp_path / "a.jsonl", tmp_path / "more" / "a.jsonl"]
+    assert [row.origin for row in read_rows(twins)] == [f"{path}:1" for path in twins]
+    with pytest.raises(UsageError, match=r"No file matches .*\*\.csv'; expected files ending in"):
+        read_rows(tmp_path / "*.csv")
+
+
+def test_shards_in_folders_of_a_folder(tmp_path: Path) -> None:
+    for name in ("train/0001.jsonl", "train/0002.jsonl", "validation/0001.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    found = sources(tmp_path)
+    assert len(chosen(found, TRAIN_NAMES)) == 2
+    assert [source.place for source in chosen(found, HELD_OUT_NAMES)] == [str(tmp_path / "validation" / "0001.jsonl")]
+
+
+def test_stdin_is_jsonl_that_can_be_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "one"}\n{\n')))
+    (source,) = sources("-")
+    for _ in range(2):
+        row, bad = source.read()
+        assert (row.origin, row.values) == ("stdin:1", {"text": "one"})
+        assert bad.reason.startswith("stdin:2 is not a line of JSON")
+    assert source.digest() == hashlib.sha256(b'{"text": "one"}\n{\n').hexdigest()
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in "abc"]
+    whole = datasets.Dataset.from_list(rows)
+    whole.select([2, 0]).save_to_disk(tmp_path / "one", num_shards=2)
+    assert [(row.origin, row.values) for row in read_rows(tmp_path / "one")] == [("one:1", rows[2]), ("one:2", rows[0])]
+    datasets.DatasetDict(train=whole, validation=whole.select([1])).save_to_disk(tmp_path / "two")
+    found = sources(tmp_path / "two")
+    assert [source.name for source in chosen(found, TRAIN_NAMES)] == ["two[train]"]
+    (held_out,) = chosen(found, HELD_OUT_NAMES)
+    assert [row.values for row in held_out.read()] == [rows[1]]
+    assert len({source.digest() for source in [*found, *sources(tmp_path / "one")]}) == 3
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(UsageError, match=r"'.*one' is no whole folder of datasets' save_to_disk"):
+        sources(tmp_path / "one")
+
+
+def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name: str, configuration: str | None) -> object:
+        asked.append((name, configuration))
+        rows = datasets.Dataset.from_list([{"text": "a"}])
+        return datasets.DatasetDict(train_sft=rows, test_sft=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    train, _ = sources("someone/chats:main")
+    assert asked == [("someone/chats", "main")]
+    assert chosen([train], TRAIN_NAMES) == [train]
+    assert [row.origin for row in train.read()] == ["chats:main[train_sft]:1"]
+
+
+def test_a_name_on_the_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "chats").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        UsageError,
+        match=r"^There is no file or folder 'someone/cahts', and as .* switched off\. Did you mean 'chats'\?$",
+    ):
+        sources("someone/cahts")
+    # Names without an owner may be the library's own readers, which would read whatever lies around.
+    assert not arrow.may_be_on_hub("json")
+    with pytest.raises(UsageError, match=r"^There is no file or folder 'json'\.$"):
+        sources("json")
+
+
+def test_the_hub_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load(name: str, configuration: str | None) -> object:
+        raise ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        UsageError, match=r"'a/b', and the hub gave no data for it: Config name is missing\. Please pick one"
+    ):
+        sources("a/b")

@@ -19,7 +19,7 @@ SHARES = (0, 10, 50, 90, 99, 100)
 
 @run_options("task", "max_length", "truncate", "train_on", "columns", "batch_size")
 def data(
-    path: Annotated[str, typer.Argument(metavar="FILE", help="A data file, or a folder of them.", show_default=False)],
+    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Data files, or folders of them.")],
     model: Annotated[str, typer.Option(help="The model whose tokenizer is used: a folder, or a name on the hub.")],
     preview: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 1,
     *,
@@ -36,11 +36,11 @@ def data(
     from veneer.report.preview import preview as drawn
     from veneer.tasks import task as tasks
     from veneer.tasks.loading import load_tokenizer
-    from veneer.train.prepare import checked
+    from veneer.train.sets import checked
 
     settings = RunConfig(**run_values, output="-")
     task, bad = tasks.get(settings.task), list[str]()
-    rows = checked(read_rows(path, bad=bad), settings.columns, bad)
+    rows = checked(read_rows(paths, bad=bad), settings.columns, bad)
     tokenizer, notes = task.prepare(rows, load_tokenizer(model))
     how: dict[str, Any] = {name: getattr(settings, name) for name in ("max_length", "train_on", "truncate")}
     found = task.encode(rows, tokenizer, **how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,12 +12,13 @@ from veneer.core.errors import UsageError, listed
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
+    from veneer.data.sources import Source
     from veneer.evaluate.scoring import Score
 
 
 @run_options("task", "max_length", "train_on", "columns", "batch_size", "quantize")
 def evaluate(
-    data: Annotated[str, typer.Option(metavar="FILE", help="A data file, or a folder of them.", show_default=False)],
+    data: Annotated[list[str], typer.Option(metavar="FILE", help="A data file or a folder of them; may be repeated.")],
     model: Annotated[
         str | None, typer.Option(help="A model folder or hub name; without it, the adapter's own base.")
     ] = None,
@@ -42,27 +42,30 @@ def evaluate(
     score = _scored(model, adapter, files, settings, dtype)
     notes = [*([note] if note else []), *score.notes]
     _show(score, notes)
-    return {"model": model, "adapter": adapter, "files": files, **score.to_dict(), "notes": notes}
+    places = [file.place for file in files]
+    return {"model": model, "adapter": adapter, "files": places, **score.to_dict(), "notes": notes}
 
 
-def _files(data: str) -> tuple[list[Path], str | None]:
+def _files(data: list[str]) -> tuple[list[Source], str | None]:
     """The files to measure on, and a sentence when that is not all there are."""
-    from veneer.data.sources import HELD_OUT_NAMES, TEST_NAMES, chosen, data_files
+    from veneer.data.sources import HELD_OUT_NAMES, TEST_NAMES, chosen, sources
 
-    files = data_files(data)
-    taken = chosen(files, TEST_NAMES) or chosen(files, HELD_OUT_NAMES) or files
-    note = f"Of {data}, {listed(file.name for file in taken)} is measured on." if len(taken) < len(files) else None
-    return taken, note
+    found = [sources(name) for name in data]
+    taken = [chosen(files, TEST_NAMES) or chosen(files, HELD_OUT_NAMES) or files for files in found]
+    files = sources([file for some in taken for file in some])
+    fewer = sum(map(len, taken)) < sum(map(len, found))
+    note = f"Of {listed(data)}, {listed(file.name for file in files)} is measured on." if fewer else None
+    return files, note
 
 
-def _scored(model: str | None, adapter: str | None, files: list[Path], settings: RunConfig, dtype: str) -> Score:
+def _scored(model: str | None, adapter: str | None, files: list[Source], settings: RunConfig, dtype: str) -> Score:
     from veneer.adapters.model import PeftModel
     from veneer.core.config import PeftConfig
     from veneer.data.sources import read_rows
     from veneer.evaluate.scoring import score
     from veneer.tasks import task as tasks
     from veneer.tasks.loading import adapter_folder, load_model, tokenizer_for
-    from veneer.train.prepare import checked
+    from veneer.train.sets import checked
 
     kind = tasks.get(settings.task)
     folder = adapter_folder(adapter) if adapter is not None else None

@@ -42,7 +42,7 @@ def run_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         @functools.wraps(command)
         def with_fields(**given: Any) -> Any:
             texts = {name: given.pop(name, None) for name in fields}
-            values = {name: _read(fields[name], text) for name, text in texts.items() if text is not None}
+            values = {name: _read(fields[name], text) for name, text in texts.items() if text not in (None, [])}
             return command(**given, run_values=values)
 
         show_flags(with_fields, command, added, instead_of="run_values")
@@ -60,7 +60,8 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     if field.annotation is bool:
         annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **options)]
     else:
-        annotation = Annotated[str | None, typer.Option(flag, metavar=_metavar(field), **options)]
+        kind = list[str] if _repeats(field) else str
+        annotation = Annotated[kind | None, typer.Option(flag, metavar=_metavar(field), **options)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -79,13 +80,19 @@ def _alternatives(field: FieldInfo) -> tuple[Any, ...]:
     return tuple(part for part in parts if part is not type(None))
 
 
+def _repeats(field: FieldInfo) -> bool:
+    """Whether the flag may be given several times."""
+    return any(get_origin(kind) is list for kind in _alternatives(field))
+
+
 def _metavar(field: FieldInfo) -> str:
-    (kind,) = _alternatives(field)
+    kind = _alternatives(field)[0]
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     return {str: "TEXT", int: "NUMBER", float: "NUMBER"}[kind]
 
 
 def _read(field: FieldInfo, given: Any) -> Any:
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given
     optional = type(None) in get_args(field.annotation)
     return None if optional and isinstance(given, str) and given.lower() in _NONE else given

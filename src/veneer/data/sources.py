@@ -1,228 +1,196 @@
-"""Rows from a file or folder of JSONL, CSV (both also gzipped) or Parquet, each knowing its place: "train.jsonl:17"."""
+"""What stands behind the name of some data: files, a folder or pattern of them, stdin, a saved data set, a hub name."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
+import functools
+import glob
+import hashlib
+import re
+import shutil
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from veneer.core.errors import DataError, UsageError, listed, nearest
+from veneer.data import arrow
+from veneer.data.files import IN_FOLDERS, KINDS, READERS, Read, ending, read_file, read_jsonl
+from veneer.data.rows import BadRow, Row, rows_of
+
+__all__ = ["HELD_OUT_NAMES", "STDIN", "TEST_NAMES", "TRAIN_NAMES", "Row", "Source", "chosen", "read_rows", "rows_of"]
 
 TRAIN_NAMES = ("train",)
 HELD_OUT_NAMES = ("valid", "validation", "val", "dev", "eval")
 TEST_NAMES = ("test",)
+STDIN = "-"
+"""The name of what is written to the program: JSONL."""
 
 
+@final
 @dataclass(frozen=True)
-class Row:
-    """One example as it came."""
+class Source:
+    """One file or split, which can be read any number of times."""
 
-    origin: str
-    """The file and the line (in Parquet: the row) it starts at, counted from 1."""
-    values: Mapping[str, Any]
-    """Its columns."""
+    place: str
+    """Its path, or its place on the hub."""
+    name: str
+    """What it is called in the origins of its rows."""
+    words: tuple[str, ...]
+    """What may tell what it is for, as train does: the first word of its name, and of the folder it was found in."""
+    reader: Callable[[str], Read]
+    """Reads it; it is given the name."""
+    digest: Callable[[], str]
+    """A hash of its content."""
+
+    def read(self) -> Read:
+        """Its rows in their order, and a ``BadRow`` for each place that holds none."""
+        return self.reader(self.name)
 
 
-def read_rows(path: str | Path | Sequence[Path], *, bad: list[str] | None = None) -> list[Row]:
-    """Every row of a file, of a folder's data files in order of their names, or of the listed files.
+Given = str | Path | Sequence[str | Path | Source]
+"""One name of data or several; a source stands for itself."""
+
+
+def read_rows(given: Given, *, bad: list[str] | None = None) -> list[Row]:
+    """Every row of the data, in memory.
 
     Args:
-        path: what to read.
-        bad: takes the reason against each line of JSONL that cannot be read, instead of failing at the first.
+        given: see ``sources``.
+        bad: takes the reason against each row that cannot be read, instead of failing at the first.
 
     Raises:
-        UsageError: there is no such file, or it is of another kind.
-        DataError: a line that cannot be read (named), or no row at all.
+        UsageError: there is no such data.
+        DataError: a row that cannot be read (named), or no row at all.
     """
-    files = data_files(path) if isinstance(path, str | Path) else list(path)
-    rows = [row for file in files for row in _READERS[_ending(file)](file, bad)]
+    found = sources(given)
+    rows = []
+    for row in (row for source in found for row in source.read()):
+        if isinstance(row, Row):
+            rows.append(row)
+        elif bad is None:
+            raise DataError(row.reason)
+        else:
+            bad.append(row.reason)
     if not rows:
-        raise DataError(f"{listed(map(str, files))} holds no rows; expected one example a line.")
+        raise DataError(no_rows(found))
     return rows
 
 
-def rows_of(examples: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows from examples in memory, named "example 1", "example 2", ...
-
-    Raises:
-        DataError: there is none.
-    """
-    rows = [Row(f"example {number}", values) for number, values in enumerate(examples, start=1)]
-    if not rows:
-        raise DataError("The list of examples is empty; expected at least one.")
-    return rows
+def no_rows(found: Sequence[Source]) -> str:
+    """A sentence for data without a single row."""
+    return f"{listed(source.place for source in found)} holds no rows; expected one example a line."
 
 
-def data_files(path: str | Path) -> list[Path]:
-    """The data files that a path means.
+def sources(given: Given) -> list[Source]:
+    """What stands behind names of data, in the order in which they are given, nothing twice.
+
+    A name is a file of a known kind; a folder of them, read in the order of their names; a pattern such as
+    ``shards/*.jsonl``; a folder that ``datasets`` saved; ``-`` for JSONL on stdin; or a data set on the hub.
 
     Raises:
         UsageError: nothing there, or nothing of a known kind.
     """
-    place = Path(path).expanduser()
-    kinds = ", ".join(_READERS)
+    names = [given] if isinstance(given, str | Path) else list(given)
+    found: dict[str, Source] = {}
+    for name in names:
+        for source in [name] if isinstance(name, Source) else _behind(str(name)):
+            found.setdefault(source.place, source)
+    taken = [source.name for source in found.values()]
+    return [replace(s, name=s.place) if taken.count(s.name) > 1 else s for s in found.values()]
+
+
+def chosen(found: Sequence[Source], names: Sequence[str]) -> list[Source]:
+    """Those that are called by one of ``names``: ``train.jsonl``, ``train-0001.parquet``, ``train/a.csv``, ..."""
+    return [source for source in found if next(filter(_is_known, source.words), source.words[0]) in names]
+
+
+def _is_known(word: str) -> bool:
+    return word in {*TRAIN_NAMES, *HELD_OUT_NAMES, *TEST_NAMES}
+
+
+def _behind(name: str) -> list[Source]:
+    if name == STDIN:
+        return [_stdin()]
+    place = Path(name).expanduser()
     if place.is_dir():
-        files = sorted(file for file in place.iterdir() if _ending(file) in _IN_FOLDERS and file.is_file())
-        if not files:
-            raise UsageError(f"The folder {str(path)!r} has no data files; expected files ending in {kinds}.")
-        return files
-    if not place.exists():
-        beside = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise UsageError(f"There is no file or folder {str(path)!r}.{nearest(place.name, beside)}")
-    if _ending(place) not in _READERS:
-        raise UsageError(f"{str(path)!r} ends in {_ending(place) or 'nothing'!r}; expected one of {kinds}.")
-    return [place]
-
-
-def chosen(files: Sequence[Path], names: Sequence[str]) -> list[Path]:
-    """The files of a folder that are called by one of ``names``: ``train.jsonl``, ``train-0001.parquet``, ..."""
-    return [file for file in files if file.stem.lower().replace("_", "-").split("-")[0].split(".")[0] in names]
-
-
-def _ending(path: Path) -> str:
-    """What tells a file's kind: its suffix, of a gzipped file the one before as well."""
-    last = path.suffix.lower()
-    return path.with_suffix("").suffix.lower() + last if last == ".gz" else last
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line that is not blank.
-
-    Raises:
-        DataError: a line that is not UTF-8.
-    """
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number} is not UTF-8: byte {line[error.start]:#04x} at position {error.start + 1} of "
-                    "the line; save the file as UTF-8."
-                ) from None
-            if text.strip():
-                yield number, text
-
-
-def _open(path: Path) -> Any:
+        return _folder(place)
+    if place.exists():
+        return [_file(place)]
+    if glob.has_magic(name):
+        return _pattern(name, place)
+    beside = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
+    missing = f"There is no file or folder {name!r}"
+    if ending(place) in READERS or not arrow.may_be_on_hub(name):
+        raise UsageError(f"{missing}.{nearest(place.name, beside)}")
     try:
-        if path.suffix.lower() != ".gz":
-            return path.open("rb")
-        # Whole, as its rows are kept anyway: so a file that is cut short is known before a row of it is used.
-        return io.BytesIO(gzip.decompress(path.read_bytes()))
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is not readable as gzip: {str(error).rstrip('.')}.") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
+        splits = arrow.hub_sets(name)
+    except UsageError as error:
+        raise UsageError(f"{missing}, and {str(error).rstrip('.')}.{nearest(place.name, beside)}") from error
+    return _splits(splits, name)
 
 
-def _read_jsonl(path: Path, bad: list[str] | None) -> Iterator[Row]:
-    for number, text in _lines(path):
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            _refuse(f"{path}:{number} is not a line of JSON: {reason}; it begins {text[:40]!r}.", bad)
-            continue
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            _refuse(f"{path}:{number} is a JSON {kind}; expected an object with columns, one a line.", bad)
-            continue
-        yield Row(f"{path.name}:{number}", values)
+def _file(path: Path, *folders: str) -> Source:
+    if ending(path) not in READERS:
+        raise UsageError(f"{str(path)!r} ends in {ending(path) or 'nothing'!r}; expected one of {KINDS}.")
+    words = tuple(map(_first_word, (path.name, *folders)))
+    return Source(str(path), path.name, words, functools.partial(read_file, path), functools.partial(_hash, path))
 
 
-def _refuse(reason: str, bad: list[str] | None) -> None:
-    if bad is None:
-        raise DataError(reason)
-    bad.append(reason)
+def _folder(folder: Path) -> list[Source]:
+    if arrow.is_saved(folder):
+        return _splits(arrow.saved_sets(folder), str(folder))
+    for pattern in ("*", "*/*"):
+        files = sorted(file for file in folder.glob(pattern) if ending(file) in IN_FOLDERS and file.is_file())
+        if files:
+            return [_file(file, *file.relative_to(folder).parts[:-1]) for file in files]
+    raise UsageError(
+        f"The folder {str(folder)!r} has no data files; expected files ending in {', '.join(sorted(IN_FOLDERS))}. "
+        f"Others are read when they are named, as in {str(folder / '*.txt')!r}."
+    )
 
 
-def _read_json(path: Path, bad: list[str] | None) -> Iterator[Row]:
-    with _open(path) as stream:
-        text = _decoded(path, stream.read())
-    try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(values, list) or not all(isinstance(item, dict) for item in values):
-        raise DataError(f"{path} holds no list of objects; expected [{{...}}, ...] with the columns of each example.")
-    for number, item in enumerate(values, start=1):
-        yield Row(f"{path.name}:{number}", item)
+def _pattern(name: str, place: Path) -> list[Source]:
+    found = [Path(path) for path in sorted(glob.glob(str(place), recursive=True))]
+    files = [path for path in found if path.is_file() and ending(path) in READERS]
+    if not files:
+        raise UsageError(f"No file matches {name!r}; expected files ending in {KINDS}.")
+    return [_file(path) for path in files]
 
 
-def _read_csv(path: Path, bad: list[str] | None) -> Iterator[Row]:
-    # Python's own limit of 128 KiB a field is shorter than many documents.
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield from _csv_rows(path)
-    except csv.Error as error:
-        raise DataError(f"{path} is not readable as CSV: {error}.") from None
-    finally:
-        csv.field_size_limit(before)
+def _splits(splits: Mapping[str, Any], name: str) -> list[Source]:
+    single = len(splits) == 1
+    return [
+        Source(
+            name if single else f"{name}[{split}]",
+            Path(name).name if single else f"{Path(name).name}[{split}]",
+            (_first_word(split),),
+            functools.partial(arrow.read_set, rows),
+            functools.partial(arrow.digest, rows),
+        )
+        for split, rows in splits.items()
+    ]
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    with _open(path) as stream:
-        text = _decoded(path, stream.read())
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
-    header = next(reader, None)
-    if header is None:
-        return
-    if len(set(header)) != len(header) or not all(header):
-        raise DataError(f"{path}:1 has the columns {listed(header)}; expected a name for each, none twice.")
-    start = reader.line_num + 1
-    for cells in reader:
-        if cells and len(cells) != len(header):
-            raise DataError(f"{path}:{start} has {len(cells)} cells; expected {len(header)}: {listed(header)}.")
-        if cells:
-            yield Row(f"{path.name}:{start}", dict(zip(header, cells, strict=True)))
-        start = reader.line_num + 1
+def _stdin() -> Source:
+    """Standard input in a file of its own, so that it can be read again; the file goes with the source."""
+    spooled = tempfile.NamedTemporaryFile(prefix="veneer-stdin-", suffix=".jsonl")  # noqa: SIM115
+    shutil.copyfileobj(sys.stdin.buffer, spooled)
+    spooled.flush()
+
+    def read(name: str) -> Iterator[Row | BadRow]:
+        path = Path(spooled.name)
+        for row in read_jsonl(path, name):
+            yield BadRow(row.reason.replace(str(path), name)) if isinstance(row, BadRow) else row
+
+    return Source(STDIN, "stdin", ("stdin",), read, lambda: _hash(Path(spooled.name)))
 
 
-def _decoded(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{number} is not UTF-8: byte {content[error.start]:#04x}; save the file as UTF-8."
-        ) from None
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_parquet(path: Path, bad: list[str] | None) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(f"Reading {path} needs pyarrow; install it with: pip install 'veneer[data]'") from None
-    with _open(path):
-        pass
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path.name}:{number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not readable as Parquet: {str(error).splitlines()[0]}") from None
-
-
-_READERS: dict[str, Callable[[Path, list[str] | None], Iterator[Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".jsonl.gz": _read_jsonl,
-    ".csv.gz": _read_csv,
-}
-
-_IN_FOLDERS = _READERS.keys() - {".json"}
-"""What is read of a folder: a .json there mostly says something about the data, and is read when it is named."""
+def _first_word(name: str) -> str:
+    return re.split(r"[-_.]", name.lower(), maxsplit=1)[0]

@@ -68,9 +68,10 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
 
     model: str | None = None
     """The base model: a folder, or a name on the hub."""
-    data: str | None = None
-    """The training data: a .jsonl, .csv (either also as .gz) or .parquet file, or a folder of them."""
-    eval_data: str | None = None
+    data: str | list[str] | None = None
+    """The training data: a file of JSONL, CSV, text or Parquet, a folder or pattern of them, a saved data set, a hub
+    name, or - for JSONL on stdin; may be repeated."""
+    eval_data: str | list[str] | None = None
     """The held-out data; without it, a share of the training data is held out."""
     eval_fraction: float = Field(0.05, ge=0, lt=1)
     """The share of the training data to hold out when there is no held-out data; 0 holds out nothing."""

@@ -30,6 +30,7 @@ from veneer.train.processes import joined
 from veneer.train.progress import Progress
 from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, picked_up, rewind
 from veneer.train.savings import saving
+from veneer.train.sets import data_name
 from veneer.train.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -337,8 +338,7 @@ class Loop:
 
     def _data_name(self) -> str:
         report = self.plan.train_set.report
-        name = Path(self.config.data).name if self.config.data else "given by the program"
-        return f"{name}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
+        return f"{data_name(self.config)}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
 
     def _record(self, interrupted: bool) -> RunRecord:
         progress, held_out = self.progress, self.plan.held_out
