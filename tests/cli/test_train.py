@@ -28,9 +28,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(*arguments: str) -> int:
-    return main(
-        ["train", "--model", "model", "--data", "train.jsonl", "--output", "run", "--batch-size", "4", *arguments]
-    )
+    data = [] if "--data" in arguments else ["--data", "train.jsonl"]
+    return main(["train", "--model", "model", *data, "--output", "run", "--batch-size", "4", *arguments])
 
 
 def test_from_flags_to_a_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +155,10 @@ def test_help_has_an_example_and_every_field(
 
 def test_several_files_of_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat.written(place / "more.jsonl", chat.pairs(4))
-    assert train("--data", "more.jsonl", "--max-steps", "1", "--eval-fraction", "0", "--json") == 0
+    assert (
+        train("--data", "train.jsonl", "--data", "more.jsonl", "--max-steps", "1", "--eval-fraction", "0", "--json")
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["data"]["rows"] == 16
     assert RunConfig.read(place / "run/run.yaml").data == ["train.jsonl", "more.jsonl"]
     assert "train.jsonl, more.jsonl, 16 examples" in (place / "run/last/README.md").read_text()
