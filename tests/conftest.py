@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What one test keeps for later runs must not be found by the next session; the fonts that matplotlib lists may be.
+os.environ["MPLCONFIGDIR"] = os.environ.get("MPLCONFIGDIR") or str(Path.home() / ".cache" / "matplotlib")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="veneer-tests-")
 # Set by readline in the process that starts test workers: tables are as wide as in a pipe, everywhere.
 os.environ.pop("COLUMNS", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     for line in THIRD_PARTY:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

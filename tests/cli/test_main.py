@@ -27,6 +27,8 @@ RUN_FIELDS = (
         "eval_fraction",
         "columns",
         "on_bad_row",
+        "workers",
+        "cache",
         "truncate",
         "output",
         "task",
@@ -74,6 +76,7 @@ SURFACE = {
     "runs": {"--compare", "--plot", "--force"},
     "data": {
         *("--model", "--preview", "--task", "--max-length", "--truncate", "--train-on", "--columns", "--batch-size"),
+        *("--workers", "--cache"),
     },
     "generate": {
         "--model",
@@ -89,7 +92,7 @@ SURFACE = {
     },
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
-        *("--task", "--max-length", "--train-on", "--columns", "--batch-size"),
+        *("--task", "--max-length", "--train-on", "--columns", "--batch-size", "--on-bad-row", "--workers", "--cache"),
     },
     "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--into", "--force"},
     "extract": {

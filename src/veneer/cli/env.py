@@ -94,7 +94,7 @@ def memory() -> dict[str, int | None]:
 def _caches() -> dict[str, Any]:
     from huggingface_hub import constants
 
-    from veneer.tasks.smollm import cache_folder
+    from veneer.core.cache import cache_folder
 
     return {
         "hub": str(constants.HF_HUB_CACHE),

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from veneer.evaluate.scoring import Score
 
 
-@run_options("task", "max_length", "train_on", "columns", "batch_size", "quantize")
+@run_options(
+    *("task", "max_length", "train_on", "columns", "on_bad_row", "workers", "cache", "batch_size", "quantize"),
+)
 def evaluate(
     data: Annotated[list[str], typer.Option(metavar="FILE", help="A data file or a folder of them; may be repeated.")],
     model: Annotated[
@@ -61,34 +63,32 @@ def _files(data: list[str]) -> tuple[list[Source], str | None]:
 def _scored(model: str | None, adapter: str | None, files: list[Source], settings: RunConfig, dtype: str) -> Score:
     from veneer.adapters.model import PeftModel
     from veneer.core.config import PeftConfig
-    from veneer.data.sources import read_rows
-    from veneer.evaluate.scoring import score
+    from veneer.data.columns import parsed
+    from veneer.data.encode import check_trained
+    from veneer.evaluate.scoring import Score, score_encoded
     from veneer.tasks import task as tasks
-    from veneer.tasks.loading import adapter_folder, load_model, tokenizer_for
-    from veneer.train.sets import checked
+    from veneer.tasks.loading import adapter_folder, load_config, load_model, tokenizer_for
+    from veneer.train.sets import Asked, Part, Reader, bad_rows
 
     kind = tasks.get(settings.task)
     folder = adapter_folder(adapter) if adapter is not None else None
-    rows = checked(read_rows(files), settings.columns, None)
     if model is None:
         assert folder is not None
         model = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if model is None:
             raise UsageError(f"The adapter {str(folder)!r} does not say what its base is; give it as --model.")
-    loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype, quantize=settings.quantize)
+    columns = parsed(settings.columns) if settings.columns is not None else {}
     tokenizer = tokenizer_for(model, [folder] if folder is not None else [])
+    tokenizer, notes = kind.prepare(Asked([Part("", None, files)], [], [], columns), tokenizer)
+    reader = Reader(settings, kind, columns, tokenizer, load_config(model))
+    read = reader.read(files)
+    encoded = read.store.set_of()
+    check_trained(encoded.report, reader.max_length)
+    loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype, quantize=settings.quantize)
     if folder is not None:
         loaded = PeftModel.from_pretrained(loaded, folder)
-    limit = tasks.longest_input(loaded.config)
-    return score(
-        loaded,
-        tokenizer,
-        rows,
-        task=settings.task,
-        max_length=min(settings.max_length, limit or settings.max_length),
-        train_on=settings.train_on,
-        batch_size=settings.batch_size,
-    )
+    figures = score_encoded(loaded, tokenizer, encoded, kind, batch_size=settings.batch_size)
+    return Score(figures, encoded.report, (*notes, *bad_rows([read]), *reader.notes([read])))
 
 
 def _show(score: Score, notes: list[str]) -> None:

@@ -254,6 +254,24 @@ class ApproximatedLayer:
 
 
 @dataclass(frozen=True)
+class PartRecord:
+    """A part of a run's training data: what was named once."""
+
+    name: str
+    """As it was named."""
+    weight: float | None
+    """Its weight in the mixture, if there is one."""
+    rows: int
+    """Rows to train on."""
+    examples: int
+    """Sequences of these."""
+    taken: int
+    """Of these, how many each pass takes; more than there are means that some come several times."""
+    fingerprint: str
+    """A hash of its tokens and labels, in their order."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a training run did: ``result.json`` in its folder."""
 
@@ -301,6 +319,8 @@ class RunRecord:
     """Everything the run had to decide or leave out, in sentences."""
     quantize: str | None = None
     """How the base was quantised: nf4, fp4 or int8; None in full precision."""
+    parts: tuple[PartRecord, ...] = ()
+    """The parts of the training data."""
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values."""

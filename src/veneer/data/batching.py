@@ -6,9 +6,12 @@ So a run's place in its data is the number of its next step, and every process k
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
+
+from veneer.data.mixture import Mixture
 
 WINDOW = 16
 """Padded batches that are sorted together: enough to save most padding, few enough to keep batches mixed."""
@@ -33,7 +36,7 @@ Share = tuple[Micro, ...]
 class Batching:
     """The optimiser steps of every pass over a data set.
 
-    >>> Batching(lengths=[5, 3, 9], batch_size=2, seed=0).steps(0)
+    >>> list(Batching(lengths=[5, 3, 9], batch_size=2, seed=0).steps(0))
     [((Micro(indices=(1, 0), counts=True),),), ((Micro(indices=(2,), counts=True),),)]
 
     A step is ``batch_size * accumulation`` examples for each process, in another order on every pass; the last
@@ -54,6 +57,8 @@ class Batching:
     max_tokens: int | None = None
     """The most tokens that go through the model at once when packed; a single example may be longer."""
     seed: int = 0
+    mixture: Mixture | None = None
+    """How often each part's examples come in a pass; without it, each comes once."""
 
     @property
     def per_step(self) -> int:
@@ -63,23 +68,26 @@ class Batching:
     @property
     def steps_per_pass(self) -> int:
         """Optimiser steps of one pass."""
-        return -(-len(self.lengths) // self.per_step)
+        count = len(self.lengths) if self.mixture is None else sum(self.mixture.taken)
+        return -(-count // self.per_step)
 
-    def steps(self, number: int) -> list[tuple[Share, ...]]:
-        """The steps of a pass (counted from 0), each with the share of every process."""
+    def steps(self, number: int) -> Iterator[tuple[Share, ...]]:
+        """The steps of a pass (counted from 0), each with the share of every process.
+
+        Of a pass, memory holds eight bytes for each example.
+        """
         # A text as the seed, because Random adds nothing to two numbers that have the same sum.
         drawn = random.Random(f"{self.seed}/{number}")
-        order = list(range(len(self.lengths)))
+        plain = self.mixture is None
+        order = array("q", range(len(self.lengths))) if plain else self.mixture.order(self.seed, number)
         drawn.shuffle(order)
         return self._packed(order) if self.packed else self._padded(order, drawn)
 
-    def _packed(self, order: list[int]) -> list[tuple[Share, ...]]:
-        found = []
+    def _packed(self, order: Sequence[int]) -> Iterator[tuple[Share, ...]]:
         for start in range(0, len(order), self.per_step):
             shares = self._spread(order[start : start + self.per_step], self.processes)
             cuts = max(self._cuts(share) for share in shares)
-            found.append(self._even([self._spread(share, min(cuts, len(share) or 1)) for share in shares], order[0]))
-        return found
+            yield self._even([self._spread(share, min(cuts, len(share) or 1)) for share in shares], order[0])
 
     def _cuts(self, share: Sequence[int]) -> int:
         """How many micro-batches these examples need: cut by tokens, each filled as far as it goes."""
@@ -97,26 +105,30 @@ class Batching:
         """Examples in ``parts`` groups of about equally many tokens, the longest first; each stays in order."""
         groups: list[list[int]] = [[] for _ in range(parts)]
         filled = [0] * parts
-        place = {index: at for at, index in enumerate(indices)}
-        for index in sorted(indices, key=lambda i: (-self.lengths[i], place[i])):
+        # By their places, since of a mixture an example may come twice.
+        for at in sorted(range(len(indices)), key=lambda at: (-self.lengths[indices[at]], at)):
             least = filled.index(min(filled))
-            groups[least].append(index)
-            filled[least] += self.lengths[index]
-        return [sorted(group, key=place.__getitem__) for group in groups]
+            groups[least].append(at)
+            filled[least] += self.lengths[indices[at]]
+        return [[indices[at] for at in sorted(group)] for group in groups]
 
-    def _padded(self, order: list[int], drawn: random.Random) -> list[tuple[Share, ...]]:
+    def _padded(self, order: array[int], drawn: random.Random) -> Iterator[tuple[Share, ...]]:
         # The odd batch is taken first, off a shuffled order, so that it is not always the longest examples.
+        spare = order[0]
         odd = len(order) % self.batch_size
-        batches = [order[:odd]] if odd else []
         for start in range(odd, len(order), WINDOW * self.batch_size):
-            window = sorted(order[start : start + WINDOW * self.batch_size], key=self.lengths.__getitem__)
-            batches += [window[at : at + self.batch_size] for at in range(0, len(window), self.batch_size)]
-        drawn.shuffle(batches)
+            window = slice(start, start + WINDOW * self.batch_size)
+            order[window] = array("q", sorted(order[window], key=self.lengths.__getitem__))
+        starts = array("q", [*([0] if odd else []), *range(odd, len(order), self.batch_size)])
+        drawn.shuffle(starts)
+
+        def batch(start: int) -> Sequence[int]:
+            return order[start : odd if start < odd else start + self.batch_size]
+
         whole = self.accumulation * self.processes
-        return [
-            self._even([batches[start + p : start + whole : self.processes] for p in range(self.processes)], order[0])
-            for start in range(0, len(batches), whole)
-        ]
+        for at in range(0, len(starts), whole):
+            step = [batch(start) for start in starts[at : at + whole]]
+            yield self._even([step[process :: self.processes] for process in range(self.processes)], spare)
 
     def _even(self, shares: Sequence[Sequence[Sequence[int]]], spare: int) -> tuple[Share, ...]:
         """Shares of equally many micro-batches: processes wait for each other at every one of them."""

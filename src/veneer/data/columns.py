@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from veneer.core.errors import ConfigError, DataError, listed, nearest
 from veneer.data.formats import COLUMNS
-from veneer.data.sources import Row
+from veneer.data.rows import Row
 
 
 def parsed(text: str) -> dict[str, str]:
@@ -29,21 +29,16 @@ def parsed(text: str) -> dict[str, str]:
     return found
 
 
-def renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
-    """Rows with the columns under the names that are understood; all others stay.
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """A row with the columns under the names that are understood; all others stay.
 
     Raises:
-        DataError: a row without a column that is named; the nearest of its own is shown.
+        DataError: a column that is named is not there; the nearest of the row's own is shown.
     """
-    found = []
-    for row in rows:
-        missing = [column for column in columns.values() if column not in row.values]
-        if missing:
-            have = list(map(str, row.values))
-            raise DataError(
-                f"{row.origin} has no column {missing[0]!r}; it has {listed(have)}.{nearest(missing[0], have)}"
-            )
-        taken = set(columns.values())
-        others = {name: value for name, value in row.values.items() if name not in taken}
-        found.append(Row(row.origin, {**others, **{name: row.values[column] for name, column in columns.items()}}))
-    return found
+    missing = [column for column in columns.values() if column not in row.values]
+    if missing:
+        have = list(map(str, row.values))
+        raise DataError(f"{row.origin} has no column {missing[0]!r}; it has {listed(have)}.{nearest(missing[0], have)}")
+    taken = set(columns.values())
+    others = {name: value for name, value in row.values.items() if name not in taken}
+    return Row(row.origin, {**others, **{name: row.values[column] for name, column in columns.items()}})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, final, overload
 
 from veneer.core.errors import DataError
 from veneer.data.formats import Sample
@@ -72,8 +74,10 @@ class EncodingReport:
 class EncodedSet:
     """Sequences, and how they came about."""
 
-    examples: tuple[Encoded, ...]
+    examples: Sequence[Encoded]
     report: EncodingReport
+    sizes: Sequence[int] | None = None
+    """Tokens of each example, where they are known without reading it."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -83,10 +87,10 @@ class EncodedSet:
             found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
         return found.hexdigest()[:32]
 
-    @property
-    def lengths(self) -> list[int]:
+    @functools.cached_property
+    def lengths(self) -> Sequence[int]:
         """Tokens of each example."""
-        return [len(example.input_ids) for example in self.examples]
+        return self.sizes if self.sizes is not None else [len(example.input_ids) for example in self.examples]
 
 
 def encode(
@@ -99,9 +103,10 @@ def encode(
 ) -> EncodedSet:
     """Tokenize, mask, and deal with what is longer than ``max_length`` tokens: cut its end or start, drop it, or fail.
 
+    A set without a single example is no error here; see ``check_trained``.
+
     Raises:
-        DataError: not one token of the whole set would be trained, a row that cannot be rendered, or with "fail" one
-            that is too long.
+        DataError: a row that cannot be rendered, or with "fail" one that is too long.
     """
     examples: list[Encoded] = []
     truncated = tokens_cut = left_out = dropped = 0
@@ -111,7 +116,7 @@ def encode(
             if over > 0 and truncate == "fail":
                 raise DataError(
                     f"{sample.origin} has {len(tokens.input_ids):,} tokens, and at most {max_length:,} are taken; "
-                    "raise max_length, or let truncate be end, start or drop."
+                    "raise max_length where the model takes more, or let truncate be end, start or drop."
                 )
             if over > 0 and truncate == "drop":
                 dropped += 1
@@ -124,13 +129,6 @@ def encode(
                 examples.append(example)
             else:
                 left_out += 1
-    if not examples:
-        cut = f" {truncated} of them were cut at max_length={max_length}, before their answers." if truncated else ""
-        cut += f" {dropped} of them were dropped as longer than max_length={max_length}." if dropped else ""
-        raise DataError(
-            f"None of the {len(samples)} rows has a token to train: all is masked.{cut} Expected answers (assistant "
-            "turns, completions, outputs or text) within the longest length allowed."
-        )
     report = EncodingReport(
         rows=len(samples),
         examples=len(examples),
@@ -139,10 +137,68 @@ def encode(
         left_out=left_out,
         tokens=sum(len(example.input_ids) for example in examples),
         trained_tokens=sum(example.trained for example in examples),
-        longest=max(len(example.input_ids) for example in examples),
+        longest=max((len(example.input_ids) for example in examples), default=0),
         dropped=dropped,
     )
     return EncodedSet(tuple(examples), report)
+
+
+def check_trained(report: EncodingReport, max_length: int) -> None:
+    """Refuse a set without a single token to train.
+
+    Args:
+        report: of the set.
+        max_length: the longest length that was allowed.
+
+    Raises:
+        DataError: there is none; the message says what became of the rows.
+    """
+    if report.examples:
+        return
+    cut = f" {report.truncated} of them were cut at max_length={max_length}, before their answers."
+    dropped = f" {report.dropped} of them were dropped as longer than max_length={max_length}."
+    raise DataError(
+        f"None of the {report.rows} rows has a token to train: all is masked.{cut if report.truncated else ''}"
+        f"{dropped if report.dropped else ''} Expected answers (assistant turns, completions, outputs or text) within "
+        "the longest length allowed."
+    )
+
+
+def joined(sets: Sequence[EncodedSet]) -> EncodedSet:
+    """Several sets, one behind the other."""
+    if len(sets) == 1:
+        return sets[0]
+    counts = {
+        field.name: (max if field.name == "longest" else sum)(getattr(one.report, field.name) for one in sets)
+        for field in fields(EncodingReport)
+    }
+    sizes = array("q", (length for one in sets for length in one.lengths))
+    return EncodedSet(Joined([one.examples for one in sets]), EncodingReport(**counts), sizes)
+
+
+@final
+class Joined(Sequence[Encoded]):
+    """The examples of several sets, one behind the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Encoded]]) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @overload
+    def __getitem__(self, at: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, at: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        index = range(len(self))[at]
+        part = bisect.bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
 
 def _example(origin: str, tokens: Masked, max_length: int, *, from_start: bool) -> Encoded:

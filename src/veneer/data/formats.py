@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from veneer.core.errors import DataError, listed, nearest
-from veneer.data.sources import Row
+from veneer.data.rows import Row
 
 EXPECTED = "messages, conversations, prompt + completion, instruction (+ input) + output, or text"
 COLUMNS = (
@@ -54,17 +55,11 @@ def recognise(rows: Sequence[Row]) -> list[Sample]:
     return [_sample(row) for row in rows]
 
 
-def usable(rows: Sequence[Row], bad: list[str]) -> list[Row]:
-    """The rows that are understood; the reason against each of the others is added to ``bad``."""
-    found = []
+def kinds(rows: Iterable[Row]) -> Iterator[Kind]:
+    """The kind of each row that is understood."""
     for row in rows:
-        try:
-            _sample(row)
-        except DataError as error:
-            bad.append(str(error))
-        else:
-            found.append(row)
-    return found
+        with contextlib.suppress(DataError):
+            yield _sample(row).kind
 
 
 def _sample(row: Row) -> Sample:
@@ -75,15 +70,15 @@ def _sample(row: Row) -> Sample:
     if "conversations" in values:
         return Sample(row.origin, "chat", _with_system(row, _messages(row, _conversation(row))), tools=tools)
     if "prompt" in values and "completion" in values:
-        messages = _with_system(row, _pair(_text(row, "prompt"), _text(row, "completion")))
+        messages = _with_system(row, _pair(_text(row, "prompt"), _filled(row, "completion")))
         return Sample(row.origin, "pair" if len(messages) == 2 else "chat", messages, tools=tools)
     if "instruction" in values and "output" in values:
         more = _text(row, "input") if values.get("input") is not None else ""
         request = _text(row, "instruction")
-        pair = _pair(f"{request}\n\n{more}" if more else request, _text(row, "output"))
+        pair = _pair(f"{request}\n\n{more}" if more else request, _filled(row, "output"))
         return Sample(row.origin, "chat", _with_system(row, pair), tools=tools)
     if "text" in values:
-        return Sample(row.origin, "text", text=_text(row, "text"))
+        return Sample(row.origin, "text", text=_filled(row, "text"))
     found = [str(column) for column in values]
     hints = [nearest(column, COLUMNS, most=1) for column in found if column not in COLUMNS]
     raise DataError(
@@ -131,6 +126,14 @@ def _text(row: Row, column: str) -> str:
     return _checked(row.origin, column, row.values[column])
 
 
+def _filled(row: Row, column: str) -> str:
+    """The text of a column that is there to be learned."""
+    text = _text(row, column)
+    if not text.strip():
+        raise DataError(f"{row.origin} has an empty {column}; expected text to learn.")
+    return text
+
+
 def _checked(origin: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{origin} has {name} = {_short(value)}; expected text.")
@@ -164,7 +167,12 @@ def _messages(row: Row, messages: list[Any]) -> tuple[dict[str, Any], ...]:
             raise DataError(f"{row.origin} has {_short(message)} as message {number}; expected role and content.")
         for key in ("role", "content") if "content" in turn else ("role",):
             _checked(row.origin, f"{key} of message {number}", turn[key])
-        turns.append({"content": "", **turn} if turn["role"] == "assistant" else turn)
+        if turn["role"] == "assistant":
+            turn = {"content": "", **turn}
+            # Calls of tools and thoughts stand in keys of their own.
+            if not turn["content"].strip() and not any(turn[key] for key in turn.keys() - {"role", "content", "name"}):
+                raise DataError(f"{row.origin} has an empty answer as message {number}; expected text to learn.")
+        turns.append(turn)
     return tuple(turns)
 
 

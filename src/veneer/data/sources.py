@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -41,8 +41,8 @@ class Source:
     """What may tell what it is for, as train does: the first word of its name, and of the folder it was found in."""
     reader: Callable[[str], Read]
     """Reads it; it is given the name."""
-    digest: Callable[[], str]
-    """A hash of its content."""
+    digest: Callable[[], str | None]
+    """A hash of its content; None when it has no place to be read from again."""
 
     def read(self) -> Read:
         """Its rows in their order, and a ``BadRow`` for each place that holds none."""
@@ -99,6 +99,16 @@ def sources(given: Given) -> list[Source]:
             found.setdefault(source.place, source)
     taken = [source.name for source in found.values()]
     return [replace(s, name=s.place) if taken.count(s.name) > 1 else s for s in found.values()]
+
+
+def in_memory(examples: Iterable[Mapping[str, Any]]) -> Source:
+    """Examples that a program gives.
+
+    Raises:
+        DataError: there is none.
+    """
+    rows = rows_of(examples)
+    return Source("examples", "examples", ("examples",), lambda name: iter(rows), lambda: None)
 
 
 def chosen(found: Sequence[Source], names: Sequence[str]) -> list[Source]:

@@ -31,8 +31,10 @@ def with_template(
     A tokenizer without a template is copied and gets a plain one. Saved beside the adapter, it makes every later
     use render the very same text.
     """
+    if tokenizer.chat_template:
+        return tokenizer, None
     found = set(kinds)
-    if tokenizer.chat_template or not found & {"chat", "pair"}:
+    if not found & {"chat", "pair"}:
         return tokenizer, None
     template = ROLES_TEMPLATE if "chat" in found else VERBATIM_TEMPLATE
     if template is ROLES_TEMPLATE and not tokenizer.eos_token:

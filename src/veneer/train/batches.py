@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ def batches_from(plan: Plan, start: int, *, process: int, device: torch.device) 
     """
     per_pass = plan.batching.steps_per_pass
     for number in count(start // per_pass):
-        steps = plan.batching.steps(number)
-        for step in steps[start % per_pass :] if number == start // per_pass else steps:
+        begun = start % per_pass if number == start // per_pass else 0
+        for step in islice(plan.batching.steps(number), begun, None):
             yield [_batch(plan, micro, device) for micro in step[process]]
 
 
@@ -41,7 +41,7 @@ def largest(plan: Plan, *, process: int, device: torch.device) -> dict[str, Any]
         each = [lengths[index] for index in micro.indices]
         return sum(each) if plan.batching.packed else len(each) * max(each)
 
-    micros = [micro for step in plan.batching.steps(0) for micro in step[process]]
+    micros = (micro for step in plan.batching.steps(0) for micro in step[process])
     batch = _batch(plan, max(micros, key=tokens), device)
     del batch["origins"]
     return batch

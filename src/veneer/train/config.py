@@ -16,6 +16,7 @@ from veneer.core.config import TunerConfig
 from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
 from veneer.data.encode import Truncation
+from veneer.data.mixture import weighed
 from veneer.tasks.quantise import Quantisation
 from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
 
@@ -68,9 +69,9 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
 
     model: str | None = None
     """The base model: a folder, or a name on the hub."""
-    data: str | list[str] | None = None
+    data: str | list[str] | dict[str, float] | None = None
     """The training data: a file of JSONL, CSV, text or Parquet, a folder or pattern of them, a saved data set, a hub
-    name, or - for JSONL on stdin; may be repeated."""
+    name, or - for JSONL on stdin; may be repeated, also with weights, as in a.jsonl=3."""
     eval_data: str | list[str] | None = None
     """The held-out data; without it, a share of the training data is held out."""
     eval_fraction: float = Field(0.05, ge=0, lt=1)
@@ -79,6 +80,10 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """The data's own names for columns, as in instruction=question,output=answer."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """What a row does that cannot be used: end the run with its line and reason, or be left out and counted."""
+    workers: int = Field(0, ge=0)
+    """Processes that turn rows into tokens; 0 does it in the run's own."""
+    cache: str = "auto"
+    """Where encoded data is kept for later runs: a folder, auto (veneer/data in the user's cache), or off."""
     output: str
     """The run folder to write; it must not exist, or be empty."""
     task: str = "causal_lm"
@@ -160,6 +165,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
         except ValidationError as error:
             raise ConfigError(_sentence(error, type(self))) from None
         self._check_savings()
+        if self.data is not None:
+            weighed(self.data)
         self.trackers()
         self._check_adapter_fields()
 

@@ -183,6 +183,7 @@ class Loop:
             trainable=self.plan.trained.trainable,
             total=self.plan.trained.total,
             data=self.plan.train_set.report.to_dict(),
+            parts=[dataclasses.asdict(part) for part in self.plan.parts],
             held_out_data=held_out.report.to_dict() if held_out else None,
             notes=list(self.plan.notes),
         )
@@ -338,7 +339,7 @@ class Loop:
 
     def _data_name(self) -> str:
         report = self.plan.train_set.report
-        return f"{data_name(self.config)}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
+        return f"{data_name(self.config.data)}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
 
     def _record(self, interrupted: bool) -> RunRecord:
         progress, held_out = self.progress, self.plan.held_out
@@ -366,4 +367,5 @@ class Loop:
             last=str(self.folder / checkpoint.LAST),
             notes=self.plan.notes,
             quantize=self.config.quantize,
+            parts=self.plan.parts,
         )

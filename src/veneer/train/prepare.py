@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 from veneer.adapters.budget import set_total_step
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, UsageError, listed, nearest
+from veneer.core.records import PartRecord
 from veneer.data.batching import Batching, padding
 from veneer.data.encode import Encoded, EncodedSet
 from veneer.engine.accelerate import Acceleration, accelerate
 from veneer.tasks import task as tasks
-from veneer.tasks.task import AbstractTask, Piece, longest_input
+from veneer.tasks.task import AbstractTask, Piece
 from veneer.train.config import RunConfig
 from veneer.train.methods import Trained, prepared
 from veneer.train.optimisers import check_installed, remarks
-from veneer.train.sets import both_rows, both_sets
+from veneer.train.sets import Sets, asked_for, both_sets
 from veneer.train.starts import gathering
 from veneer.train.trackers import check_trackers
 
@@ -47,6 +48,8 @@ class Plan:
     """What was done to the model to train it faster; to be undone after the run."""
     steps: int
     """Optimiser steps of the whole run."""
+    parts: tuple[PartRecord, ...] = ()
+    """What the training data is made of."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,18 +93,18 @@ def prepare(
     check_installed(config.optimizer)
     if config.model is None and (model is None or tokenizer is None):
         raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
-    rows, held_out_rows, notes = both_rows(config, train_rows, eval_rows)
+    asked = asked_for(config, train_rows, eval_rows)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
-    tokenizer, said = task.prepare(rows, tokenizer)
+    tokenizer, said = task.prepare(asked, tokenizer)
     said += remarks(config.optimizer, PartialState().device.type)
-    limit = longest_input(load_config(str(config.model)) if model is None else model.config)
-    train_set, held_out, cut = both_sets(config, task, tokenizer, rows, held_out_rows, limit)
+    model_config = load_config(str(config.model)) if model is None else model.config
+    sets = both_sets(config, task, asked, tokenizer, model_config)
     model = _loaded(config, task) if model is None else _given(config, model)
-    gather = gathering(task, train_set.examples, tokenizer, config.batch_size)
+    gather = gathering(task, sets.train.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
     packs = task.packs and config.packing != "off"
     speed = accelerate(trained.model, kernels=config.kernels == "on", packing=packs)
-    batching, decided = _batching(config, speed, train_set.lengths, processes)
+    batching, decided = _batching(config, speed, sets, processes)
     steps = config.max_steps or max(1, round(batching.steps_per_pass * config.epochs))
     if isinstance(trained.model, PeftModel):
         set_total_step(trained.model.base_model, steps)
@@ -109,10 +112,11 @@ def prepare(
         config=config,
         task=task,
         tokenizer=tokenizer,
-        train_set=train_set,
-        held_out=held_out,
+        train_set=sets.train,
+        held_out=sets.held_out,
+        parts=sets.parts,
         trained=trained,
-        notes=(*notes, *said, *cut, *trained.notes, *decided, *speed.notes()),
+        notes=(*sets.notes, *said, *trained.notes, *decided, *speed.notes()),
         batching=batching,
         speed=speed,
         steps=steps,
@@ -143,14 +147,14 @@ def _given(config: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _batching(
-    config: RunConfig, speed: Acceleration, lengths: Sequence[int], processes: int
-) -> tuple[Batching, list[str]]:
+def _batching(config: RunConfig, speed: Acceleration, sets: Sets, processes: int) -> tuple[Batching, list[str]]:
     """How examples become steps, and what was decided about it."""
     from accelerate import PartialState
 
-    common = {"lengths": lengths, "batch_size": config.batch_size, "accumulation": config.accumulation}
-    padded = Batching(**common, processes=processes, seed=config.seed)  # type: ignore[arg-type]
+    lengths = sets.train.lengths
+    padded = Batching(
+        lengths, config.batch_size, config.accumulation, processes, seed=config.seed, mixture=sets.mixture
+    )
     if speed.packing is None:
         if config.packing == "on":
             raise ConfigError(f"packing=on is not possible: examples of task {config.task} cannot lie end to end.")

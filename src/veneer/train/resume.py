@@ -31,6 +31,8 @@ FREE = frozenset(
             "checkpoint",
             "memory_limit",
             "offload_activations",
+            "workers",
+            "cache",
         ),
     }
 )
@@ -87,10 +89,11 @@ def picked_up(config: RunConfig, processes: int) -> tuple[Saved | None, RunConfi
 def agreement(plan: Plan) -> dict[str, Any]:
     """What a run and its resumption must have in common."""
     model = plan.trained.model
-    held_out = plan.held_out
+    held_out, mixed = plan.held_out, plan.batching.mixture
     return {
         "the training data": plan.train_set.fingerprint,
         "the held-out data": held_out.fingerprint if held_out else None,
+        "the mixture": mixed.to_dict() if mixed else None,
         "the model": fingerprint(model.base_model) if isinstance(model, PeftModel) else None,
         "the number of steps": plan.steps,
         "examples a step": plan.batching.per_step,

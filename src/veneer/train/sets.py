@@ -1,81 +1,120 @@
-"""The training set and the held-out set of a run: which rows, and what they are as tokens."""
+"""The training set and the held-out set of a run: where they come from, and what they are as tokens."""
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
+import numpy as np
+
+from veneer.core.cache import cache_folder
 from veneer.core.errors import ConfigError, DataError, UsageError, listed
+from veneer.core.records import PartRecord
+from veneer.data.cache import Prepared, prepared
 from veneer.data.columns import parsed, renamed
-from veneer.data.encode import EncodedSet
-from veneer.data.formats import usable
+from veneer.data.encode import EncodedSet, check_trained, joined
+from veneer.data.encoder import Encoder
+from veneer.data.mixture import Mixture, Named, weighed
+from veneer.data.rows import Row
 from veneer.data.sources import (
     HELD_OUT_NAMES,
     STDIN,
     TEST_NAMES,
     TRAIN_NAMES,
-    Row,
     Source,
     chosen,
-    read_rows,
-    rows_of,
+    in_memory,
     sources,
 )
-from veneer.tasks.task import AbstractTask
+from veneer.tasks.task import AbstractTask, longest_input, vocabulary
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Result = TypeVar("Result")
+
+GIVEN = "given by the program"
+"""What data is called that a program hands over."""
 
 
-def data_name(config: RunConfig) -> str:
-    """What to call the training data in a sentence."""
-    if config.data is None:
-        return "given by the program"
-    return listed(Path(name).name for name in given(config.data))
+@final
+@dataclass(frozen=True)
+class Part:
+    """A part of the training data: what is named once."""
+
+    name: str
+    weight: float | None
+    sources: list[Source]
 
 
-def given(names: str | list[str]) -> list[str]:
-    """Names of data as a list."""
-    return [names] if isinstance(names, str) else names
+@final
+@dataclass(frozen=True)
+class Asked:
+    """The data of a run, found but not read."""
+
+    parts: list[Part]
+    held_out: list[Source]
+    """Empty when a share of the parts is to be held out."""
+    notes: list[str]
+    """What was decided about it."""
+    columns: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows to train on, bad ones passed over."""
+        for row in (row for part in self.parts for source in part.sources for row in source.read()):
+            if isinstance(row, Row) and all(column in row.values for column in self.columns.values()):
+                yield renamed(row, self.columns) if self.columns else row
 
 
-def both_rows(
+@final
+@dataclass(frozen=True)
+class Sets:
+    """The data of a run as tokens."""
+
+    train: EncodedSet
+    held_out: EncodedSet | None
+    mixture: Mixture | None
+    """How the parts of the training set are mixed, when they are weighed."""
+    parts: tuple[PartRecord, ...]
+    notes: tuple[str, ...]
+
+
+def asked_for(
     config: RunConfig, train_rows: Iterable[Mapping[str, Any]] | None, eval_rows: Iterable[Mapping[str, Any]] | None
-) -> tuple[list[Row], list[Row], list[str]]:
-    """Training rows, held-out rows, and what was decided about them."""
-    bad: list[str] | None = [] if config.on_bad_row == "skip" else None
-    rows, held_out_files, notes = _training(config, train_rows, bad, look=eval_rows is None)
-    rows = checked(rows, config.columns, bad)
-    if eval_rows is not None:
-        held_out = checked(rows_of(eval_rows), config.columns, bad)
-    elif config.eval_data is not None or held_out_files:
-        found = _asked_for(config.eval_data) if config.eval_data else held_out_files
-        held_out = checked(read_rows(found, bad=bad), config.columns, bad)
-    else:
-        rows, held_out = _split(rows, config.eval_fraction, config.seed)
-        if not held_out:
-            notes.append("Nothing is held out, so no best is kept, only the last.")
-    if bad:
-        notes.append(f"{len(bad):,} bad rows are left out: {' '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}")
-    return rows, held_out, notes
+) -> Asked:
+    """Find the data that a config or a program names.
 
-
-def _training(
-    config: RunConfig, train_rows: Iterable[Mapping[str, Any]] | None, bad: list[str] | None, *, look: bool
-) -> tuple[list[Row], Sequence[Source], list[str]]:
-    """Rows to train on, what is to be held out of the same folders, and what was decided about it."""
+    Raises:
+        ConfigError: it is named in a way that has no meaning.
+        UsageError: there is no such data.
+        DataError: a list of examples is empty.
+    """
+    columns = parsed(config.columns) if config.columns is not None else {}
+    held_out = [] if eval_rows is None else [in_memory(eval_rows)]
     if train_rows is not None:
-        return rows_of(train_rows), (), []
+        found, notes = [Part(GIVEN, None, [in_memory(train_rows)])], list[str]()
+    else:
+        found, own, notes = _named(config, look=eval_rows is None)
+        held_out = held_out or own
+    if eval_rows is None and config.eval_data:
+        held_out = _held_out_of(config.eval_data)
+    return Asked(found, held_out, notes, columns)
+
+
+def _named(config: RunConfig, *, look: bool) -> tuple[list[Part], list[Source], list[str]]:
+    """The parts of the training data, what is to be held out of the same folders, and what was decided about it."""
     if config.data is None:
         raise ConfigError("The run config has no data: expected a .jsonl, .csv or .parquet file, or a folder of them.")
     _check_stdin(config)
-    train: list[Source] = []
+    parts: list[Part] = []
     held_out: list[Source] = []
     notes = []
-    for name in given(config.data):
+    for name, weight in weighed(config.data):
         files = sources(name)
         named = chosen(files, TRAIN_NAMES)
         kept = chosen(files, HELD_OUT_NAMES) if named and look and not config.eval_data else []
@@ -85,14 +124,27 @@ def _training(
                 f"Of {name}, {listed(f.name for f in named)} is trained on, "
                 f"{listed(f.name for f in kept) or 'nothing'} is held out, {listed(others) or 'nothing'} is left alone."
             )
-        train += named or files
+        parts.append(Part(name, weight, named or files))
         held_out += kept
-    return read_rows(train, bad=bad), held_out, notes
+    _tell_apart(parts)
+    return parts, held_out, notes
 
 
-def _asked_for(names: str | list[str]) -> list[Source]:
+def _tell_apart(parts: list[Part]) -> None:
+    """Give files of one name in different parts their whole path as a name, and refuse what is in two parts."""
+    every = [source for part in parts for source in part.sources]
+    places = [source.place for source in every]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"data names {twice!r} twice; expected each file in one part.")
+    renamed_sources = iter(sources(every))
+    for part in parts:
+        part.sources[:] = [next(renamed_sources) for _ in part.sources]
+
+
+def _held_out_of(names: str | list[str]) -> list[Source]:
     """The held-out data that is named; of a folder or data set that has its own, that alone."""
-    each = map(sources, given(names))
+    each = map(sources, [names] if isinstance(names, str) else names)
     taken = [chosen(files, HELD_OUT_NAMES) or chosen(files, TEST_NAMES) or files for files in each]
     return [file for files in taken for file in files]
 
@@ -100,70 +152,162 @@ def _asked_for(names: str | list[str]) -> list[Source]:
 def _check_stdin(config: RunConfig) -> None:
     from accelerate import PartialState
 
-    names = [*given(config.data or []), *given(config.eval_data or [])]
+    names = [name for given in (config.data, config.eval_data) if given for name, _ in weighed(given)]
     if names.count(STDIN) > 1:
         raise ConfigError(f"data {STDIN} (stdin) is given twice, and can be read once; write it to a file.")
     if STDIN in names and PartialState().num_processes > 1:
-        raise UsageError(
-            f"data {STDIN} (stdin) reaches one process alone, and this run has several; write it to a file."
-        )
+        raise UsageError(f"data {STDIN} (stdin) reaches one process alone; for several, write it to a file.")
+
+
+def data_name(data: Named | None) -> str:
+    """What to call training data in a sentence."""
+    return GIVEN if data is None else listed(Path(name).name for name, _ in weighed(data))
 
 
 def both_sets(
     config: RunConfig,
     task: AbstractTask,
+    asked: Asked,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    held_out_rows: Sequence[Row],
-    limit: int | None,
-) -> tuple[EncodedSet, EncodedSet | None, list[str]]:
-    """Both sets as tokens, none longer than the model takes, and what that cut."""
-    how = {
-        "max_length": min(config.max_length, limit or config.max_length),
-        "train_on": config.train_on,
-        "truncate": config.truncate,
-    }
-    train_set = task.encode(rows, tokenizer, **how)
-    held_out = _held_out(task, held_out_rows, tokenizer, how)
-    if held_out is None and config.patience is not None:
-        raise ConfigError("patience has no meaning when nothing is held out; give eval_data or eval_fraction.")
-    if limit is None or limit >= config.max_length or not train_set.report.truncated:
-        return train_set, held_out, []
-    said = f"The model takes {limit} tokens at most, so examples are cut there, not at {config.max_length}."
-    return train_set, held_out, [said]
-
-
-def checked(rows: Sequence[Row], columns: str | None, bad: list[str] | None) -> list[Row]:
-    """Rows under the names that are understood, without the bad ones when these are collected.
+    model_config: PretrainedConfig,
+) -> Sets:
+    """Both sets as tokens, none longer than the model takes and none outside of its vocabulary.
 
     Raises:
-        DataError: a column that is named is not there, or no row is left.
+        ConfigError, UsageError, DataError: see ``prepared``; no token to train; nothing to hold out for ``patience``.
     """
-    found = list(rows) if columns is None else renamed(rows, parsed(columns))
-    if bad is None:
-        return found
-    found = usable(found, bad)
-    if not found:
-        raise DataError(f"None of the {len(rows):,} rows can be used; the first: {bad[0]}")
-    return found
+    reader = Reader(config, task, asked.columns, tokenizer, model_config)
+    read = [reader.read(part.sources) for part in asked.parts]
+    apart = [_in_held_out(lambda: reader.read(asked.held_out))] if asked.held_out else []
+    everything = [*read, *apart]
+    if apart:
+        train, held_out = [one.store.set_of() for one in read], [one.store.set_of() for one in apart]
+    else:
+        train, held_out = _split(read, config)
+    whole, measured = joined(train), joined(held_out) if held_out else None
+    check_trained(whole.report, reader.max_length)
+    if measured is not None:
+        _in_held_out(lambda: check_trained(measured.report, reader.max_length))
+    elif config.patience is not None:
+        raise ConfigError("patience has no meaning when nothing is held out; give eval_data or eval_fraction.")
+    mixture = _mixture(asked.parts, train)
+    taken = mixture.taken if mixture else [len(one.examples) for one in train]
+    parts = tuple(
+        PartRecord(part.name, part.weight, one.report.rows, one.report.examples, count, one.fingerprint)
+        for part, one, count in zip(asked.parts, train, taken, strict=True)
+    )
+    nothing = [] if measured is not None else ["Nothing is held out, so no best is kept, only the last."]
+    notes = [*nothing, *bad_rows(everything), *reader.notes(everything), *_reused(everything), *_mixed(parts, mixture)]
+    return Sets(whole, measured, mixture, parts, (*asked.notes, *notes))
 
 
-def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out a share of the rows, at least one, chosen by the seed; both parts stay in order."""
-    if fraction == 0 or len(rows) < 2:
-        return rows, []
-    count = min(len(rows) - 1, max(1, round(len(rows) * fraction)))
-    out = set(random.Random(seed).sample(range(len(rows)), count))
-    kept = [row for index, row in enumerate(rows) if index not in out]
-    return kept, [row for index, row in enumerate(rows) if index in out]
-
-
-def _held_out(
-    task: AbstractTask, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: dict[str, Any]
-) -> EncodedSet | None:
-    if not rows:
-        return None
+def _in_held_out(act: Callable[[], Result]) -> Result:
     try:
-        return task.encode(rows, tokenizer, **how)
+        return act()
     except DataError as error:
         raise DataError(f"In the held-out data: {error}") from None
+
+
+@final
+class Reader:
+    """Reads data as a run's config says, for one model."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: AbstractTask,
+        columns: Mapping[str, str],
+        tokenizer: PreTrainedTokenizerBase,
+        model_config: PretrainedConfig | None,
+    ) -> None:
+        self.config = config
+        self.limit = longest_input(model_config) if model_config is not None else None
+        self.max_length = min(config.max_length, self.limit or config.max_length)
+        how = {"max_length": self.max_length, "train_on": config.train_on, "truncate": config.truncate}
+        self.how = {"task": config.task, **how}
+        known = vocabulary(model_config) if model_config is not None else None
+        encode = functools.partial(task.encode, tokenizer=tokenizer, **how)
+        self.encoder = Encoder(encode, tokenizer, columns, known)
+
+    def read(self, found: Sequence[Source]) -> Prepared:
+        """Some sources as sequences. See ``prepared``."""
+        cache = {"auto": cache_folder() / "data", "off": None}.get(self.config.cache, Path(self.config.cache))
+        return prepared(
+            found,
+            self.encoder,
+            self.how,
+            cache=None if cache is None else cache.expanduser(),
+            workers=self.config.workers,
+            skip=self.config.on_bad_row == "skip",
+        )
+
+    def notes(self, read: Sequence[Prepared]) -> list[str]:
+        """What there is to say of data that was read."""
+        said = list(dict.fromkeys(one.note for one in read if one.note))
+        first = next(filter(None, (one.store.cut() for one in read)), None)
+        if first is not None and self.limit is not None and self.limit < self.config.max_length:
+            said.append(
+                f"The model takes {self.limit:,} tokens at most, so examples are cut there, not at "
+                f"{self.config.max_length:,}: {first} is the first that is longer."
+            )
+        return said
+
+
+def bad_rows(read: Sequence[Prepared]) -> list[str]:
+    """A sentence on the bad rows that are left out, if there are any."""
+    reasons = [reason for one in read for reason in one.store.reasons]
+    count = sum(one.store.bad for one in read)
+    return [f"{count:,} bad rows are left out: {' '.join(reasons[:3])}{' ...' if count > 3 else ''}"] if count else []
+
+
+def _reused(read: Sequence[Prepared]) -> list[str]:
+    kept = [str(one.kept) for one in read if one.reused]
+    return [f"Encoded data is taken from the cache: {listed(kept, most=2)}."] if kept else []
+
+
+def _split(read: Sequence[Prepared], config: RunConfig) -> tuple[list[EncodedSet], list[EncodedSet]]:
+    """Hold out a share of the rows, at least one, chosen by the seed; both parts stay in order.
+
+    Of a mixture, the same share of each part with more than one row.
+    """
+    counts = [len(one.store.rows) for one in read]
+    weighed_parts = config.data is not None and weighed(config.data)[0][1] is not None and len(counts) > 1
+    out = [set[int]() for _ in counts]
+    if weighed_parts:
+        out = [_drawn(count, config) for count in counts]
+    else:
+        begin = 0
+        whole = _drawn(sum(counts), config)
+        for at, count in enumerate(counts):
+            out[at] = {index - begin for index in whole if begin <= index < begin + count}
+            begin += count
+    drawn = [np.array(sorted(some), "<i8") for some in out]
+    train = [one.store.set_of(np.delete(np.arange(n), some)) for one, n, some in zip(read, counts, drawn, strict=True)]
+    return train, [one.store.set_of(some) for one, some in zip(read, drawn, strict=True) if len(some)]
+
+
+def _drawn(count: int, config: RunConfig) -> set[int]:
+    if config.eval_fraction == 0 or count < 2:
+        return set()
+    some = min(count - 1, max(1, round(count * config.eval_fraction)))
+    return set(random.Random(config.seed).sample(range(count), some))
+
+
+def _mixture(parts: Sequence[Part], train: Sequence[EncodedSet]) -> Mixture | None:
+    weights = [part.weight for part in parts if part.weight is not None]
+    if not weights:
+        return None
+    for part, one in zip(parts, train, strict=True):
+        if not one.report.examples:
+            raise DataError(f"{part.name} has no token to train, so it cannot have the weight {part.weight:g}.")
+    return Mixture([len(one.examples) for one in train], weights)
+
+
+def _mixed(parts: Sequence[PartRecord], mixture: Mixture | None) -> list[str]:
+    if mixture is None:
+        return []
+    each = [
+        f"{part.taken:,} of {part.name} ({part.taken / part.examples:.2f} times its {part.examples:,})"
+        for part in parts
+    ]
+    return [f"Each pass has {sum(mixture.taken):,} examples: {listed(each)}."]
