@@ -81,31 +81,39 @@ def fitted(config: Any, case: BaseCase) -> Any:
 
 
 def adapt(model: nn.Module, config: Any, *names: str) -> veneer.PeftModel:
-    """Adapt, or skip a combination that the variant refuses, which it must do before it touches anything."""
-    try:
-        config = fitted(config, model.case)
-        prepare(model, config, model.case.inputs)
-        adapted = veneer.get_peft_model(model, config, names[0] if names else "default")
-    except ConfigError as refusal:
-        assert type(model.layer).__name__ != "AdaptedLayer"
-        pytest.skip(str(refusal))
+    config = fitted(config, model.case)
+    prepare(model, config, model.case.inputs)
+    adapted = veneer.get_peft_model(model, config, names[0] if names else "default")
     for name in names[1:]:
         adapted.add_adapter(name, config)
     return adapted
 
 
 @cache
-def refusal(variant: str, base: str, case: str) -> str | None:
-    """Why a variant cannot be on a base, or None; a refusal comes before anything is touched."""
+def refusal(variant: str, base: str, case: str, init: str = "kaiming", **more: Any) -> str | None:
+    """Why a variant cannot be on a base, or not from a start, or None; it says so before anything is touched."""
     if base not in CASES:
         return None  # its tests fail and say what is missing
     model, _, _ = base_model(base, case, torch.float32)
     try:
-        veneer.get_peft_model(model, fitted(config(variant), model.case))
+        adapt(model, config(variant, init, **more))
     except ConfigError as refused:
         assert type(model.layer).__name__ != "AdaptedLayer"
         return str(refused)
     return None
+
+
+@cache
+def has_place(variant: str, base: str, case: str) -> bool:
+    """Whether the variant's update is a change of W there."""
+    if base not in CASES:
+        return True
+    layer = adapt(base_model(base, case, torch.float32)[0], config(variant)).base_model.model.layer
+    try:
+        layer.change("default")
+    except MergeError:
+        return False
+    return True
 
 
 @cache
@@ -118,27 +126,29 @@ def accepts(variant: str, init: str) -> bool:
     return True
 
 
-def _combinations(exact: bool | None) -> pytest.MarkDecorator:
+def _each(combinations: list[tuple[str, ...]], *names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(names, [pytest.param(*found, id="-".join(found)) for found in combinations])
+
+
+def _on(exact: bool | None) -> list[tuple[str, str, str]]:
     """Every variant on every base that it can be on."""
     every = [(v, b, c) for v in VARIANTS for b, c in all_cases(exact)]
-    cases = [pytest.param(*found, id="-".join(found)) for found in every if refusal(*found) is None]
-    return pytest.mark.parametrize(("variant", "base", "case"), cases)
+    return [found for found in every if refusal(*found) is None]
 
 
-def _starts() -> pytest.MarkDecorator:
-    """The same with every start that the variant takes."""
-    every = [(v, b, c, i) for v in VARIANTS for b, c in all_cases(None) for i in INITS]
-    cases = [
-        pytest.param(v, b, c, i, id="-".join((v, b, c, i)))
-        for v, b, c, i in every
-        if accepts(v, i) and refusal(v, b, c) is None
-    ]
-    return pytest.mark.parametrize(("variant", "base", "case", "init"), cases)
+WHERE = ("variant", "base", "case")
+STARTED = [(*found, init) for found in _on(None) for init in INITS if accepts(found[0], init)]
 
-
-combinations, exact_combinations, started_combinations = _combinations(None), _combinations(True), _starts()
-quantised_combinations = _combinations(False)
+combinations, exact_combinations = _each(_on(None), *WHERE), _each(_on(True), *WHERE)
+quantised_combinations = _each(_on(False), *WHERE)
 """Those whose W is stored in fewer bits than it is read in; what is special about them is in test_quantised.py."""
+placed_combinations = _each([found for found in _on(True) if has_place(*found)], *WHERE)
+"""Those whose update is a change of W; others are held against plain torch in their base's own tests."""
+homeless_combinations = _each([found for found in _on(True) if not has_place(*found)], *WHERE)
+dropping_combinations = _each([found for found in _on(True) if refusal(*found, lora_dropout=0.5) is None], *WHERE)
+undropping_combinations = _each([found for found in _on(True) if refusal(*found, lora_dropout=0.5)], *WHERE)
+started_combinations = _each([found for found in STARTED if refusal(*found) is None], *WHERE, "init")
+refused_starts = _each([found for found in STARTED if refusal(*found)], *WHERE, "init")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -168,16 +178,8 @@ def options(variant: str, layer: nn.Module) -> Iterator[dict[str, Any]]:
 def truth(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
     """The plain formula: the module in plain torch, with the merged weight."""
     layer = model.base_model.model.layer
-    W_OI = layer.base.weight() + change(layer)
+    W_OI = layer.base.weight() + layer.change("default")
     return found.plain(layer.base_layer, found.dense(x).to(W_OI.dtype), W_OI, merged_bias(layer))
-
-
-def change(layer: nn.Module) -> Tensor:
-    """The change of W, or skip where it has no place in W, which the base's own tests hold against plain torch."""
-    try:
-        return layer.change("default")
-    except MergeError as refusal:
-        pytest.skip(str(refusal))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +205,15 @@ def test_each_variant_is_selected_by_its_own_config() -> None:
 def test_refusals_are_sentences() -> None:
     reasons = {refusal(variant, base, case) for variant in VARIANTS for base, case in all_cases(None)} - {None}
     assert all(reason.endswith((".", "?")) and "\n" not in reason for reason in reasons)
+
+
+@refused_starts
+def test_a_start_that_has_no_meaning_is_refused(variant: str, base: str, case: str, init: str) -> None:
+    """In one sentence that names the start, or says that only plain starts will do; nothing was touched."""
+    reason = refusal(variant, base, case, init)
+    assert reason.endswith(".")
+    assert "\n" not in reason
+    assert f"init_lora_weights='{init}" in reason or "with a plain start only" in reason
 
 
 @started_combinations
@@ -260,7 +271,7 @@ def sensitivity(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
     def output(dense: Tensor, *values: Tensor) -> Tensor:
         for name, value in zip(names, values, strict=True):
             inputs[name].data = value.detach()
-        return found.plain(layer.base_layer, dense, layer.base.weight() + change(layer), merged_bias(layer))
+        return found.plain(layer.base_layer, dense, layer.base.weight() + layer.change("default"), merged_bias(layer))
 
     values = [dense, *(p.detach().clone() for p in inputs.values())]
     total = torch.zeros_like(output(*values))
@@ -274,27 +285,13 @@ def sensitivity(model: veneer.PeftModel, x: Tensor, found: BaseCase) -> Tensor:
     return total.detach()
 
 
-def refuse_or_merge(adapted: veneer.PeftModel, x: Tensor) -> None:
-    """Skip an update that has no place in W: merging it is refused, and changes nothing."""
-    before = adapted(x)
-    try:
-        adapted.merge_adapter()
-    except MergeError as refusal:
-        assert torch.equal(adapted(x), before)
-        with pytest.raises(MergeError):
-            adapted.merge_and_unload()
-        assert torch.equal(adapted(x), before)
-        pytest.skip(str(refusal))
-    adapted.unmerge_adapter()
-
-
 def merged_bias(layer: nn.Module, adapter: str = "default") -> Tensor | None:
     name, variant = layer.base.bias_name(), layer.variants[adapter]
     bias = None if name is None else getattr(layer.base_layer, name)
     return variant.merged_bias(layer.base, layer.given(adapter), bias, scaling=layer.scaling[adapter])
 
 
-@exact_combinations
+@placed_combinations
 @dtypes
 def test_merged_is_unmerged_within_rounding(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
     """The bound is that of standard error analysis, with u the dtype's unit roundoff.
@@ -308,7 +305,6 @@ def test_merged_is_unmerged_within_rounding(variant: str, base: str, case: str, 
         adapted = adapt(model, config(variant, **option)).eval()
         move(adapted)
         layer = adapted.base_model.model.layer
-        refuse_or_merge(adapted, x)
         S = sensitivity(adapted, x, found)
         terms = layer.base.shape()[1] + R + 2
         accumulator = torch.finfo(torch.float32).eps / 2
@@ -323,7 +319,7 @@ def test_merged_is_unmerged_within_rounding(variant: str, base: str, case: str, 
         assert not torch.equal(merged, frozen)
 
 
-@exact_combinations
+@placed_combinations
 @dtypes
 def test_unmerge_gives_back_the_very_tensors(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
     for option in options(variant, base_model(base, case, dtype)[0].layer):
@@ -332,13 +328,26 @@ def test_unmerge_gives_back_the_very_tensors(variant: str, base: str, case: str,
         adapted = adapt(model, config(variant, **option)).eval()
         move(adapted)
         unmerged = adapted(x)
-        refuse_or_merge(adapted, x)
+        adapted.merge_adapter()
+        adapted.unmerge_adapter()
         assert torch.equal(adapted(x), unmerged)
         after = dict(adapted.unload().layer.named_parameters())
         for name, (parameter, value, address) in before.items():
             assert after[name] is parameter
             assert after[name].data_ptr() == address
             assert torch.equal(after[name], value)
+
+
+@homeless_combinations
+def test_an_update_without_a_place_in_the_weight_is_not_merged(variant: str, base: str, case: str) -> None:
+    model, x, _ = base_model(base, case, torch.float32)
+    adapted = adapt(model, config(variant))
+    move(adapted)
+    before = adapted(x)
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(MergeError, match="has no place in the weight"):
+            merge()
+        assert torch.equal(adapted(x), before)
 
 
 @started_combinations
@@ -367,7 +376,7 @@ def check_file(variant: str, base: str, case: str, init: str, dtype: torch.dtype
         assert {**loaded.to_dict(), "inference_mode": None} == {**saved.to_dict(), "inference_mode": None}
 
 
-@exact_combinations
+@placed_combinations
 def test_gradients_are_those_of_the_plain_formula(variant: str, base: str, case: str) -> None:
     """In float64: of the adapter's tensors, of trained biases, and of the input."""
     for option in options(variant, base_model(base, case, torch.float64)[0].layer):
@@ -416,7 +425,7 @@ def test_dtypes_and_devices_are_kept(variant: str, base: str, case: str, dtype: 
     assert {p.device.type for p in there.tensors("default").values()} == {"meta"}
 
 
-@exact_combinations
+@placed_combinations
 @dtypes
 def test_backward_in_every_dtype(variant: str, base: str, case: str, dtype: torch.dtype) -> None:
     """Gradients come in their parameter's dtype and are within the dtype's reach of the float64 ones."""
@@ -445,7 +454,7 @@ def test_backward_in_every_dtype(variant: str, base: str, case: str, dtype: torc
         assert (parameter.grad.double() - expected).abs().max() <= torch.finfo(dtype).eps * scale
 
 
-@exact_combinations
+@dropping_combinations
 def test_dropout_in_training_only(variant: str, base: str, case: str) -> None:
     model, x, _ = base_model(base, case, torch.float64)
     without = adapt(base_model(base, case, torch.float64)[0], config(variant))
@@ -459,6 +468,11 @@ def test_dropout_in_training_only(variant: str, base: str, case: str) -> None:
     # The average is unbiased: within five standard errors of the output without dropout.
     error = draws.std(0) / 400**0.5
     assert ((draws.mean(0) - without(x)).abs() <= 5 * error + 1e-12).all()
+
+
+@undropping_combinations
+def test_dropout_that_has_no_meaning_is_refused(variant: str, base: str, case: str) -> None:
+    assert "has no input of its own to drop" in refusal(variant, base, case, lora_dropout=0.5)
 
 
 @exact_combinations
@@ -480,7 +494,8 @@ def test_several_active_adapters_add_up(variant: str, base: str, case: str) -> N
         expected = found.plain(layer.base_layer, found.dense(x), W_OI, merged_bias(layer, "one"))
     torch.testing.assert_close(adapted(x), expected, rtol=1e-12, atol=1e-12)
     unmerged = adapted(x)
-    refuse_or_merge(adapted, x)
+    if not has_place(variant, base, case):
+        return
     adapted.merge_adapter()
     torch.testing.assert_close(adapted(x), unmerged, rtol=1e-12, atol=1e-12)
     adapted.unmerge_adapter()

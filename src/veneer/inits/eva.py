@@ -30,7 +30,7 @@ class Init(AbstractInit):
 
     def fill(self, start: Start) -> Tensor | None:
         inputs = start.base.shape()[1]
-        if start.base.zero_factor != "B" or start.A.shape[1:] != (inputs,):
+        if not start.base.one_matrix or start.base.zero_factor != "B" or start.A.shape[1:] != (inputs,):
             raise ConfigError(
                 "init_lora_weights='eva' needs inputs that the weight is multiplied by, row by row, which a "
                 f"{type(start.base.module).__name__} does not have; take that module out of target_modules."
