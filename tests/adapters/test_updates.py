@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tests import models
 from tests.adapters import making
-from tests.contract.bases import all_cases
-from tests.contract.test_contract import VARIANTS, adapt, base_model, config
+from tests.contract.test_contract import VARIANTS, adapt, base_model, combinations, config
 from veneer import LoraConfig, MergeError, PeftModel, UsageError, get_peft_model
 from veneer.adapters import files
 from veneer.adapters.lowrank import spectrum_of
@@ -35,8 +34,7 @@ def close(found: Tensor, wanted: Tensor, relative: float = 1e-6) -> None:
     assert float((found - wanted).norm()) <= relative * float(wanted.norm())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("base", "case"), all_cases(None))
+@combinations
 def test_on_its_model_every_update_is_the_change_of_the_weight(
     variant: str, base: str, case: str, tmp_path: Path
 ) -> None:

@@ -32,10 +32,11 @@ from veneer.adapters.layouts import check_pairs
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.lowrank import Spectrum, spectrum_of, spectrum_of_product
 from veneer.adapters.merge import merged_names
-from veneer.adapters.plain import BIAS, Factors, bias_of, factors_of, invocation, names_for, plain_config, stored
+from veneer.adapters.plain import Factors, bias_of, factors_of, invocation, names_for, plain_config, stored
 from veneer.adapters.targets import select
 from veneer.core.config import PeftConfig, TunerConfig
 from veneer.core.errors import UsageError, listed
+from veneer.core.lora_variant import BIAS
 from veneer.core.records import ApproximatedLayer
 
 _DRIVERS = ("gesvd", "gesvdj", "gesvda")

@@ -27,10 +27,11 @@ from veneer.adapters.fingerprint import fingerprint
 from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.layouts import check_pairs
 from veneer.adapters.lowrank import Rank, Spectrum, check_rank, missed_by, spectrum_of, spectrum_of_product
-from veneer.adapters.plain import BIAS, Factors, bias_of, factors_of, is_product, plain_config, stored
+from veneer.adapters.plain import Factors, bias_of, factors_of, is_product, plain_config, stored
 from veneer.core.base import AbstractBase
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.errors import UsageError
+from veneer.core.lora_variant import BIAS
 from veneer.core.records import ApproximatedLayer
 
 if TYPE_CHECKING:

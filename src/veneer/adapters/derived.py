@@ -14,13 +14,14 @@ from torch import Tensor
 
 from veneer.adapters.card import rewritten_card
 from veneer.adapters.files import PREFIX, AdapterFiles, write_tensors
-from veneer.adapters.plain import BIAS, is_product, numbers
+from veneer.adapters.plain import is_product, numbers
 from veneer.adapters.rebase import initial_name
 from veneer.core import registry
 from veneer.core.config import TunerConfig
 from veneer.core.disk import write_whole
 from veneer.core.errors import AdapterFileError, UsageError
 from veneer.core.hub import CONFIG_NAME, WEIGHTS_NAME
+from veneer.core.lora_variant import BIAS
 from veneer.core.variant import variant_of
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))

@@ -26,6 +26,7 @@ from veneer.adapters.targets import select
 from veneer.core import registry
 from veneer.core.config import LoraConfig, PeftConfig
 from veneer.core.errors import UsageError, listed
+from veneer.core.lora_variant import BIAS
 
 
 def prepare_model_for_compiled_hotswap(
@@ -195,7 +196,7 @@ _PLAIN = frozenset(
         *(f"lora_embedding_{factor}" for factor in "AB"),
         *(f"initial_{factor}.weight" for factor in "AB"),
         *(f"initial_embedding_{factor}" for factor in "AB"),
-        "lora_B.bias",
+        BIAS,
     }
 )
 

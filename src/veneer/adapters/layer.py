@@ -14,9 +14,9 @@ from veneer.adapters.rebase import standing, standing_weight
 from veneer.adapters.routing import Router
 from veneer.core import registry
 from veneer.core.base import AbstractBase, InputBase, WeightBase, call_with, merge_dtype, shell
+from veneer.core.lora_variant import BIAS
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
-BIAS = "lora_B.bias"
 _ALONE = Router()
 """The router of a layer that stands in no model yet; never used."""
 

@@ -24,9 +24,8 @@ from veneer.core import registry
 from veneer.core.base import AbstractBase
 from veneer.core.config import LoraConfig, PeftConfig, TunerConfig
 from veneer.core.errors import UsageError
+from veneer.core.lora_variant import BIAS
 from veneer.core.variant import AbstractVariant
-
-BIAS = "lora_B.bias"
 
 N = TypeVar("N", int, float)
 

@@ -16,8 +16,9 @@ from veneer.adapters.derived import FileLayer, layers_in
 from veneer.adapters.files import PREFIX, AdapterFiles
 from veneer.adapters.layouts import check_pairs_in_file
 from veneer.adapters.lowrank import Rank, check_rank, spectrum_of_product
-from veneer.adapters.plain import BIAS, plain_config
+from veneer.adapters.plain import plain_config
 from veneer.core.config import LoraConfig
+from veneer.core.lora_variant import BIAS
 from veneer.core.records import ApproximatedLayer
 
 

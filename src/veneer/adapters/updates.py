@@ -22,11 +22,12 @@ from veneer.adapters.rebase import initial_name
 from veneer.core import registry
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.errors import UsageError, listed
+from veneer.core.lora_variant import BIAS
 from veneer.core.variant import AbstractVariant, variant_of
 
 _FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B"))
 """The names that factors are stored under: of linear layers and convolutions, of embeddings, of AdaLoRA."""
-_BESIDE = {"lora_B.bias", "lora_E", "ranknum"}
+_BESIDE = {BIAS, "lora_E", "ranknum"}
 """What may stand beside two factors whose product is the update of the weight."""
 _PRODUCTS = {"lora", "alora", "adalora"}
 """Variants (the files in ``variants/``) whose update is the product of the factors in their file."""

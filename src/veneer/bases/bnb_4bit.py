@@ -12,15 +12,15 @@ Shape legend: I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.base import Into, QuantisedBase, product
+from veneer.core.base import Into, QuantisedBase
 from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import low_rank
-from veneer.kernels.lora_quantised import lora_quantised, runs_plain
+from veneer.kernels.lora_quantised import quantised_adapted
 
 _REWRITES = "support_avx512bf16_for_cpu"
 
@@ -28,13 +28,6 @@ _REWRITES = "support_avx512bf16_for_cpu"
 @final
 class Base(QuantisedBase):
     """A linear layer of 4 bits a weight, known by its name so that bitsandbytes need not be imported."""
-
-    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    zero_factor: ClassVar[Literal["A", "B"]] = "B"
-    has_output_bias: ClassVar[bool] = True
-    fan_in_fan_out: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    linear_layer: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -48,10 +41,6 @@ class Base(QuantisedBase):
         stored: Any = self.module.weight
         state = _state(self.module)
         return stored.device, stored.dtype if state is None else state.dtype
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out, inputs = self.shape()
-        return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -121,11 +110,7 @@ class Base(QuantisedBase):
     def adapted(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
-        if not runs_plain(self.module):
-            y = self.frozen(x)
-            return y + self.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
-        y = lora_quantised(x, self.bias(), A, B, scaling, product=self.frozen, read=self.weight, dropout=dropout)
-        return y if bias is None else y + (bias * scaling).to(y.dtype)
+        return quantised_adapted(self, x, A, B, scaling, bias_O=bias, dropout=dropout)
 
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
@@ -134,12 +119,6 @@ class Base(QuantisedBase):
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return drop(x, dropout)
-
-    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
-        return value_O
-
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return product(A, B)
 
 
 def _state(module: nn.Module) -> Any:

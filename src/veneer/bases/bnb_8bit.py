@@ -9,27 +9,20 @@ Shape legend: I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.base import Into, QuantisedBase, product
+from veneer.core.base import Into, QuantisedBase
 from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import low_rank
-from veneer.kernels.lora_quantised import lora_quantised, runs_plain
+from veneer.kernels.lora_quantised import quantised_adapted
 
 
 @final
 class Base(QuantisedBase):
     """A linear layer of 8 bits a weight, known by its name so that bitsandbytes need not be imported."""
-
-    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    zero_factor: ClassVar[Literal["A", "B"]] = "B"
-    has_output_bias: ClassVar[bool] = True
-    fan_in_fan_out: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    linear_layer: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -46,10 +39,6 @@ class Base(QuantisedBase):
     def placement(self) -> tuple[torch.device, torch.dtype]:
         stored: Any = self.module.weight
         return stored.device, stored.dtype if stored.is_floating_point() else torch.float32
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out, inputs = self.shape()
-        return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         stored: Any = self.module.weight
@@ -95,11 +84,7 @@ class Base(QuantisedBase):
     def adapted(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
-        if not runs_plain(self.module):
-            y = self.frozen(x)
-            return y + self.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
-        y = lora_quantised(x, self.bias(), A, B, scaling, product=self.frozen, read=self.weight, dropout=dropout)
-        return y if bias is None else y + (bias * scaling).to(y.dtype)
+        return quantised_adapted(self, x, A, B, scaling, bias_O=bias, dropout=dropout)
 
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
@@ -108,12 +93,6 @@ class Base(QuantisedBase):
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return drop(x, dropout)
-
-    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
-        return value_O
-
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return product(A, B)
 
 
 def _scales(module: nn.Module) -> Tensor:

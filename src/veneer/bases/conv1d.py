@@ -5,26 +5,22 @@ Shape legend: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.base import InputBase, product
+from veneer.core.base import LinearBase
 from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import lora_linear, low_rank
 
 
 @final
-class Base(InputBase):
+class Base(LinearBase):
     """GPT-2's linear layer, known by its name so that transformers need not be imported."""
 
-    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    zero_factor: ClassVar[Literal["A", "B"]] = "B"
-    has_output_bias: ClassVar[bool] = True
     fan_in_fan_out: ClassVar[bool] = True
     exact: ClassVar[bool] = True
-    linear_layer: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -41,10 +37,6 @@ class Base(InputBase):
 
     def placement(self) -> tuple[torch.device, torch.dtype]:
         return self.module.weight.device, self.module.weight.dtype
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out, inputs = self.shape()
-        return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         return self.module.weight.t()
@@ -74,9 +66,3 @@ class Base(InputBase):
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return drop(x, dropout)
-
-    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
-        return value_O
-
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return product(A, B)

@@ -5,26 +5,23 @@ Shape legend: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.base import InputBase, product
+from veneer.core.base import LinearBase
 from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import lora_linear, low_rank
+from veneer.kernels.lora_quantised import runs_plain
 
 
 @final
-class Base(InputBase):
+class Base(LinearBase):
     """A linear layer with a plain floating-point weight."""
 
-    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    zero_factor: ClassVar[Literal["A", "B"]] = "B"
-    has_output_bias: ClassVar[bool] = True
     fan_in_fan_out: ClassVar[bool] = False
     exact: ClassVar[bool] = True
-    linear_layer: ClassVar[bool] = True
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -40,10 +37,6 @@ class Base(InputBase):
 
     def placement(self) -> tuple[torch.device, torch.dtype]:
         return self.module.weight.device, self.module.weight.dtype
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out, inputs = self.shape()
-        return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         return self.module.weight
@@ -61,7 +54,7 @@ class Base(InputBase):
     def adapted(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
-        if not _runs_plain(self.module):
+        if type(self.module).forward is not nn.Linear.forward or not runs_plain(self.module):
             return self.frozen(x) + self.low_rank(x, A, B, scaling, bias=bias, dropout=dropout)
         own = self.module.bias
         if bias is not None:
@@ -75,21 +68,3 @@ class Base(InputBase):
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return drop(x, dropout)
-
-    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
-        return value_O
-
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return product(A, B)
-
-
-def _runs_plain(module: nn.Module) -> bool:
-    """Whether calling the module is exactly ``F.linear``: no hook, no replaced forward that must run."""
-    return (
-        type(module).forward is nn.Linear.forward
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )

@@ -9,16 +9,16 @@ Shape legend: I inputs, O outputs, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.base import Into, QuantisedBase, product
+from veneer.core.base import Into, QuantisedBase
 from veneer.core.errors import ConfigError, MergeError
 from veneer.kernels.dropout import drop
 from veneer.kernels.lora_linear import low_rank
-from veneer.kernels.lora_quantised import lora_quantised, runs_plain
+from veneer.kernels.lora_quantised import quantised_adapted
 
 _PACKAGES = (
     "aqlm",
@@ -42,13 +42,6 @@ _SIZES = (("out_features", "in_features"), ("outfeatures", "infeatures"))
 class Base(QuantisedBase):
     """A linear layer by its sizes and its output."""
 
-    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-    zero_factor: ClassVar[Literal["A", "B"]] = "B"
-    has_output_bias: ClassVar[bool] = True
-    fan_in_fan_out: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    linear_layer: ClassVar[bool] = True
-
     @staticmethod
     def accepts(module: nn.Module) -> bool:
         if not any(all(isinstance(getattr(module, size, None), int) for size in pair) for pair in _SIZES):
@@ -65,10 +58,6 @@ class Base(QuantisedBase):
         wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         dtype = next((tensor.dtype for tensor in held if tensor.dtype in wide), torch.float32)
         return held[0].device if held else torch.device("cpu"), dtype
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out, inputs = self.shape()
-        return (r, inputs), (out, r)
 
     def weight(self) -> Tensor:
         read = _reader(self.module)
@@ -125,11 +114,8 @@ class Base(QuantisedBase):
     def adapted(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
     ) -> Tensor:
-        if _reader(self.module) is None or not runs_plain(self.module):
-            y = self.frozen(x)
-            return y + self.low_rank(x, A, B, scaling, bias=bias, dropout=dropout).to(y.dtype)
-        y = lora_quantised(x, self.bias(), A, B, scaling, product=self.module, read=self.weight, dropout=dropout)
-        return y if bias is None else y + (bias * scaling).to(y.dtype)
+        readable = _reader(self.module) is not None
+        return quantised_adapted(self, x, A, B, scaling, bias_O=bias, dropout=dropout, readable=readable)
 
     def low_rank(
         self, x: Tensor, A: Tensor, B: Tensor, scaling: float, *, bias: Tensor | None, dropout: float
@@ -138,12 +124,6 @@ class Base(QuantisedBase):
 
     def drop(self, x: Tensor, dropout: float) -> Tensor:
         return drop(x, dropout)
-
-    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
-        return value_O
-
-    def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return product(A, B)
 
 
 def _reader(module: Any) -> Callable[[], Tensor] | None:

@@ -122,11 +122,36 @@ class InputBase(AbstractBase):
         """A vector over the outputs, shaped so that it broadcasts against an output ``y``."""
 
 
-class QuantisedBase(InputBase):
+class LinearBase(InputBase):
+    """A linear layer: its factors are one pair of matrices, and its outputs are the last dimension. Abstract."""
+
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    zero_factor: ClassVar[Literal["A", "B"]] = "B"
+    has_output_bias: ClassVar[bool] = True
+    linear_layer: ClassVar[bool] = True
+
+    @final
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out, inputs = self.shape()
+        return (r, inputs), (out, r)
+
+    @final
+    def rows(self, y: Tensor, value_O: Tensor) -> Tensor:
+        return value_O
+
+    @final
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        return product(A, B)
+
+
+class QuantisedBase(LinearBase):
     """A linear layer whose W is stored in fewer bits than it is read in, so that merging into it rounds the update.
 
     ``replace`` quantises the weight again, in the same way.
     """
+
+    fan_in_fan_out: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def settle(self) -> bool:

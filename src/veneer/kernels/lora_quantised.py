@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from veneer.core.base import QuantisedBase
 from veneer.kernels import dropout as dropout_
 from veneer.kernels.lora_linear import add_update, dropped_input, input_gradients, low_rank
 
@@ -97,6 +98,36 @@ def lora_quantised(
         return product(x) + low_rank(x, A, B, scaling, bias_O=None, dropout=dropout)
     out: Tensor = _LoraQuantised.apply(x, bias_O, A, B, scaling, dropout, product, read)  # type: ignore[no-untyped-call]
     return out
+
+
+def quantised_adapted(
+    base: QuantisedBase,
+    x: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scaling: float,
+    *,
+    bias_O: Tensor | None,
+    dropout: float,
+    readable: bool = True,
+) -> Tensor:
+    """``InputBase.adapted`` of a quantised layer: in one function where the layer may be called as one.
+
+    Args:
+        base: the layer.
+        x: (..., I) input.
+        A_RI: first factor.
+        B_OR: second factor.
+        scaling: the factor of the update.
+        bias_O: a bias beside B, or None.
+        dropout: the share of x that A does not see.
+        readable: whether the layer gives its weight back, for the backward pass.
+    """
+    if not readable or not runs_plain(base.module):
+        y = base.frozen(x)
+        return y + low_rank(x, A_RI, B_OR, scaling, bias_O=bias_O, dropout=dropout).to(y.dtype)
+    y = lora_quantised(x, base.bias(), A_RI, B_OR, scaling, product=base.frozen, read=base.weight, dropout=dropout)
+    return y if bias_O is None else y + (bias_O * scaling).to(y.dtype)
 
 
 def runs_plain(module: nn.Module) -> bool:

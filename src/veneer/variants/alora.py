@@ -8,7 +8,7 @@ Shape legend: B sequences, T tokens, M tokens from the invocation on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 from torch import Tensor
@@ -17,19 +17,18 @@ from veneer.core import registry
 from veneer.core.base import AbstractBase, InputBase
 from veneer.core.config import LoraConfig, PeftConfig
 from veneer.core.errors import ConfigError, MergeError, UsageError
-from veneer.core.init import AbstractInit, Start
-from veneer.core.variant import AbstractVariant, ParameterSpec, factor_specs, low_rank_scaling
+from veneer.core.init import AbstractInit
+from veneer.core.lora_variant import BIAS, FactorVariant, bias_specs
+from veneer.core.variant import ParameterSpec, factor_specs
 
-BIAS = "lora_B.bias"
 MASK = "alora_mask"
 """The key of the (B, T) tokens that the call at hand changes; whoever calls the model fills it in."""
 
 
 @final
-class Variant(AbstractVariant):
+class Variant(FactorVariant):
     """The low-rank update, on a part of the tokens."""
 
-    config_class: ClassVar[type[PeftConfig]] = LoraConfig
     options: ClassVar[Mapping[str, Any]] = {"alora_invocation_tokens": [1, 2]}
 
     def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
@@ -45,28 +44,7 @@ class Variant(AbstractVariant):
                 f"init_lora_weights={config.init_lora_weights!r} lets the adapter stand on another weight than the "
                 "base's, which alora_invocation_tokens keeps as it is before the invocation; choose another start."
             )
-        specs = factor_specs(base, r, frozen_A=config.use_lorafa)
-        return specs | ({BIAS: ParameterSpec((base.shape()[0],))} if config.lora_bias else {})
-
-    def shared(self, shapes: Sequence[tuple[int, int]], config: PeftConfig) -> dict[str, Tensor]:
-        return {}
-
-    def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
-        assert isinstance(config, LoraConfig)
-        return low_rank_scaling(r, lora_alpha, config.use_rslora)
-
-    def start(
-        self,
-        base: AbstractBase,
-        p: Mapping[str, Tensor],
-        init: AbstractInit,
-        *,
-        scaling: float,
-        config: PeftConfig,
-        evidence: Mapping[str, Tensor] | None,
-    ) -> Tensor | None:
-        A, B = (p[name] for name in base.factor_names)
-        return init.fill(Start(base, A, B, p.get(BIAS), scaling, config, evidence))
+        return factor_specs(base, r, frozen_A=config.use_lorafa) | bias_specs(base, config)
 
     def forward(
         self,
@@ -102,9 +80,6 @@ class Variant(AbstractVariant):
         self, base: AbstractBase, p: Mapping[str, Tensor], bias: Tensor | None, *, scaling: float
     ) -> Tensor | None:
         raise MergeError(_NO_MERGE)
-
-    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
-        return tensor
 
 
 _NO_MERGE = (

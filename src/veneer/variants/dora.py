@@ -10,7 +10,7 @@ Shape legend: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 import torch
@@ -20,17 +20,17 @@ from veneer.core.base import AbstractBase, InputBase, merge_dtype
 from veneer.core.config import LoraConfig, PeftConfig
 from veneer.core.errors import ConfigError
 from veneer.core.init import AbstractInit, Start
-from veneer.core.variant import AbstractVariant, ParameterSpec, factor_specs, low_rank_scaling
+from veneer.core.lora_variant import LoraVariant
+from veneer.core.variant import ParameterSpec, factor_specs
 from veneer.kernels.dora import row_norms, scale_rows
 
 MAGNITUDE = "lora_magnitude_vector.weight"
 
 
 @final
-class Variant(AbstractVariant):
+class Variant(LoraVariant):
     """A low-rank change of the direction of each row of W, and a magnitude for each."""
 
-    config_class: ClassVar[type[PeftConfig]] = LoraConfig
     options: ClassVar[Mapping[str, Any]] = {"use_dora": True}
 
     def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
@@ -46,13 +46,6 @@ class Variant(AbstractVariant):
         shape = (1, out) + (1,) * more if more else (out,)
         specs[MAGNITUDE] = ParameterSpec(shape, file_key="lora_magnitude_vector")
         return specs
-
-    def shared(self, shapes: Sequence[tuple[int, int]], config: PeftConfig) -> dict[str, Tensor]:
-        return {}
-
-    def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
-        assert isinstance(config, LoraConfig)
-        return low_rank_scaling(r, lora_alpha, config.use_rslora)
 
     def start(
         self,
@@ -114,9 +107,6 @@ class Variant(AbstractVariant):
         self, base: AbstractBase, p: Mapping[str, Tensor], bias: Tensor | None, *, scaling: float
     ) -> Tensor | None:
         return bias
-
-    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
-        return tensor
 
 
 def _scale(base: AbstractBase, p: Mapping[str, Tensor], W_OI: Tensor, scaling: float) -> Tensor:

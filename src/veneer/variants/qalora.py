@@ -8,27 +8,25 @@ Shape legend: I inputs, O outputs, R rank, G groups of S inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 from torch import Tensor
 
 from veneer.core.base import AbstractBase, InputBase
 from veneer.core.config import LoraConfig, PeftConfig
-from veneer.core.errors import ConfigError, MergeError
-from veneer.core.init import AbstractInit, Start
-from veneer.core.variant import AbstractVariant, ParameterSpec, factor_specs, low_rank_forward, low_rank_scaling
+from veneer.core.errors import ConfigError
+from veneer.core.lora_variant import BIAS, FactorVariant, bias_merged, bias_specs
+from veneer.core.variant import ParameterSpec, factor_specs, low_rank_forward
 
-BIAS = "lora_B.bias"
 STARTS = ("kaiming", "gaussian", "random")
 """The starts that look at no weight: others would give A a column for each input."""
 
 
 @final
-class Variant(AbstractVariant):
+class Variant(FactorVariant):
     """A low-rank update whose A is constant over groups of inputs."""
 
-    config_class: ClassVar[type[PeftConfig]] = LoraConfig
     options: ClassVar[Mapping[str, Any]] = {"use_qalora": True, "qalora_group_size": 2}
 
     def parameters(self, base: AbstractBase, r: int, config: PeftConfig) -> dict[str, ParameterSpec]:
@@ -53,31 +51,7 @@ class Variant(AbstractVariant):
         specs = factor_specs(base, r, frozen_A=config.use_lorafa)
         A = base.factor_names[0]
         specs[A] = ParameterSpec((specs[A].shape[0], inputs // size), trainable=specs[A].trainable)
-        if config.lora_bias:
-            if not base.has_output_bias:
-                raise ConfigError(f"lora_bias=True has no meaning on {name}, whose operation has no bias.")
-            specs[BIAS] = ParameterSpec((base.shape()[0],))
-        return specs
-
-    def shared(self, shapes: Sequence[tuple[int, int]], config: PeftConfig) -> dict[str, Tensor]:
-        return {}
-
-    def scaling(self, r: int, lora_alpha: float, config: PeftConfig) -> float:
-        assert isinstance(config, LoraConfig)
-        return low_rank_scaling(r, lora_alpha, config.use_rslora)
-
-    def start(
-        self,
-        base: AbstractBase,
-        p: Mapping[str, Tensor],
-        init: AbstractInit,
-        *,
-        scaling: float,
-        config: PeftConfig,
-        evidence: Mapping[str, Tensor] | None,
-    ) -> Tensor | None:
-        A, B = (p[name] for name in base.factor_names)
-        return init.fill(Start(base, A, B, p.get(BIAS), scaling, config, evidence))
+        return specs | bias_specs(base, config)
 
     def forward(
         self,
@@ -98,17 +72,7 @@ class Variant(AbstractVariant):
     def merged_bias(
         self, base: AbstractBase, p: Mapping[str, Tensor], bias: Tensor | None, *, scaling: float
     ) -> Tensor | None:
-        if BIAS not in p:
-            return bias
-        if bias is None:
-            raise MergeError(
-                f"This adapter has lora_bias=True, but the {type(base.module).__name__} it adapts has no bias to "
-                "merge it into, and a model saved with a new one would lose it on loading; use the adapter unmerged."
-            )
-        return (bias + p[BIAS] * scaling).to(bias.dtype)
-
-    def in_file(self, key: str, tensor: Tensor, path: str, config: PeftConfig) -> Tensor:
-        return tensor
+        return bias_merged(base, p, bias, scaling)
 
 
 def _factors(base: AbstractBase, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
