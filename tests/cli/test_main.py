@@ -52,6 +52,7 @@ RUN_FIELDS = (
         "checkpoint",
         "memory_limit",
         "offload_activations",
+        "strategy",
         "quantize",
         "precision",
         "max_length",

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,31 @@ SETTINGS: dict[str, Any] = {
 
 def run(folder: Path, processes: int, **settings: Any) -> tuple[set[int], str]:
     """Run it on so many processes; their exit codes, and what they said."""
+    return runs([{"output": str(folder), **settings}], processes)
+
+
+def runs(
+    each: list[dict[str, Any]], processes: int, variables: Mapping[str, str] | None = None
+) -> tuple[set[int], str]:
+    """Several runs one after the other in the same processes, with these environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "ACCELERATE"))},
+        **{k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "ACCELERATE", "FSDP"))},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
+        **(variables or {}),
     }
-    script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("two_processes.py")), str(folder)]
+    settings = json.dumps([{**(SETTINGS if not one.get("resume") else {}), **one} for one in each])
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("two_processes.py")), settings]
     running = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        command = [*script, json.dumps({**(SETTINGS if not settings.get("resume") else {}), **settings})]
         running.append(subprocess.Popen(command, env={**environment, **ranks}, stderr=subprocess.PIPE, text=True))
     try:
         said = [process.communicate(timeout=240)[1] for process in running]
@@ -112,34 +121,15 @@ def test_a_loss_that_breaks_on_one_process_ends_both(tmp_path: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "run").values())
 
 
-@pytest.mark.parametrize(
-    ("variable", "strategy"),
-    [
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
-    ],
-)
-def test_a_strategy_that_would_not_run_is_refused(
-    variable: str, strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from veneer.core.errors import UsageError
-    from veneer.train.processes import joined
-
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UsageError, match=f"accelerate is configured for {strategy}, but veneer trains with DDP"):
-        joined("fp32")
-
-
 def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would do the whole run, and write over the other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     from accelerate import PartialState
 
     from veneer.core.errors import UsageError
+    from veneer.train.config import RunConfig
     from veneer.train.processes import joined
 
     PartialState()
     with pytest.raises(UsageError, match="The launcher started 2 processes, but accelerate joined 1"):
-        joined("fp32")
+        joined(RunConfig(output="run"))

@@ -1,6 +1,8 @@
 """One process of a run that several do together, or alone; run by test_processes.py.
 
-python two_processes.py FOLDER JSON   (with RANK, WORLD_SIZE and the rest in the environment, as torchrun sets them)
+python two_processes.py JSON   (with RANK, WORLD_SIZE and the rest in the environment, as torchrun sets them)
+
+The JSON is a list of runs, one after the other: settings of a run each, with its output.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ from veneer.train.loop import train
 from veneer.train.resume import resumed
 
 
-def main(folder: str, text: str) -> int:
-    """Train; what the exit code says is what the command line would."""
-    settings: dict[str, Any] = json.loads(text)
+def main(text: str) -> int:
+    """Train; what the exit code says is what the command line would for the last run."""
     torch.set_num_threads(1)
+    for settings in json.loads(text):
+        torch.manual_seed(0)
+        code = one(settings)
+    return code
+
+
+def one(settings: dict[str, Any]) -> int:
+    """One run."""
     resume, stop_at = settings.pop("resume", False), settings.pop("stop_at", None)
-    break_at = settings.pop("break_at", None)
+    break_at, tied = settings.pop("break_at", None), settings.pop("tied", False)
     is_last = int(os.environ.get("RANK", "0")) == int(os.environ["WORLD_SIZE"]) - 1
     take = Learner.take
 
@@ -39,12 +48,16 @@ def main(folder: str, text: str) -> int:
         return take(self, group, step, *args)
 
     Learner.take = taking  # type: ignore[method-assign]
-    config = resumed(folder, **settings) if resume else RunConfig(output=folder, **settings)
+    config = resumed(settings.pop("output"), **settings) if resume else RunConfig(**settings)
     try:
-        result = train(config, model=chat.model(), tokenizer=chat.tokenizer(), train_rows=chat.pairs(22), resume=resume)
+        result = train(
+            config, model=chat.model(tied=tied), tokenizer=chat.tokenizer(), train_rows=chat.pairs(22), resume=resume
+        )
     except VeneerError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    finally:
+        Learner.take = take  # type: ignore[method-assign]
     return 128 + signal.SIGTERM if result.record.interrupted else 0
 
 

@@ -147,9 +147,11 @@ def save(
     tensors = adapter_state(adapted, name, state_dict=state_dict)
     embeddings = embeddings_to_save(adapted, name, save_embedding_layers)
     for path, weight in embeddings.items():
+        memory = f"{PREFIX}{adapted.names().parameter(f'{path}.weight')}"
+        table = weight if state_dict is None else state_dict.get(memory, weight)
         inner = "base_layer." if path in adapted.layers else ""
         inner = "token_adapter.base_layer." if path in adapted.tokens.wrappers else inner
-        tensors[f"{PREFIX}{path}.{inner}weight"] = weight.detach()
+        tensors[f"{PREFIX}{path}.{inner}weight"] = table.detach()
     brought = [*adapted.saved_of(name), *embeddings, *adapted.tokens.covered(name)]
     metadata = {"format": "pt", FINGERPRINT: fingerprint(adapted, brought), **checksum_of(adapted, name)}
     ready = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}

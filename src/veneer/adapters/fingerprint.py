@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import sys
 from collections.abc import Callable, Collection
 
 import torch
@@ -38,6 +39,9 @@ def fingerprint(
     )
     key = tuple(sorted(leave_out))
     before = adapted.index.marks.get(key)
+    if before is not None and any(_is_part(p) for p in parameters):
+        # Frozen and split over processes: it is what it was when it was whole.
+        return before[1]
     if before is None or state is None or before[0] != state:
         before = adapted.index.marks[key] = (state, _mark(adapted, leave_out, adapted.original))
     return before[1]
@@ -53,13 +57,20 @@ def _mark(adapted: AdaptedModel, leave_out: Collection[str], read: Callable[[str
     known = True
     for name in sampled:
         parameter = read(name)
-        if parameter.is_meta or not parameter.is_floating_point():
+        if parameter.is_meta or not parameter.is_floating_point() or _is_part(parameter):
             known = False
             continue
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
         values.append(_sample(parameter))
     samples = base64.b64encode(b"".join(values)).decode() if known else "unknown"
     return f"{shapes.hexdigest()[:16]}-{'+'.join(sorted(dtypes))}-{samples}"
+
+
+def _is_part(parameter: Tensor) -> bool:
+    """Whether a parameter is split over several processes, so that reading it would wait for all of them."""
+    # Loaded already when there is one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
 
 
 def differs(saved: str, here: str) -> str | None:

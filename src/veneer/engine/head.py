@@ -10,6 +10,7 @@ Shape legend: B rows, T tokens, P positions whose logits are needed, N supervise
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -86,14 +87,19 @@ def language_loss(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor) -
         return _of_logits(chosen(model(**inputs).logits), targets_N)
     found: list[HeadLoss] = []
     project = head.forward
+    split = is_split(bare)
 
     def instead(x: Tensor) -> Tensor:
         found.append(_of_hidden(chosen(x), head, project, form, targets_N))
-        return x[..., :0]
+        # No logits. Those of a split model have the loss behind them, see below.
+        return x[..., :0].detach() + found[0].total if split else x[..., :0]
 
     with _answering(head, instead):
-        model(**inputs)
-    return found[0]
+        nothing = model(**inputs).logits
+    if not split:
+        return found[0]
+    # It adds zero. But a split model is put together for the backward pass when a gradient comes to its output.
+    return dataclasses.replace(found[0], total=found[0].total + nothing.sum())
 
 
 def form_of(model: nn.Module) -> HeadForm | None:
@@ -120,6 +126,15 @@ def underlying(model: nn.Module) -> nn.Module:
     while isinstance(inner := model._modules.get("module"), nn.Module):
         model = inner
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether the parameters of a transformers model, adapted or not, are split over several processes by FSDP2."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(underlying(model), FSDPModule)
 
 
 def output_head(model: Any) -> nn.Module | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import DiskError
@@ -22,7 +22,14 @@ BEST = "best"
 LAST = "last"
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, figures: Mapping[str, str]) -> None:
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    figures: Mapping[str, str],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model into a folder of its own; an older one in its place is replaced only by a whole new one.
 
     Args:
@@ -30,6 +37,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
         tokenizer: saved beside it, chat template included.
         folder: where it will stand, e.g. ``run/best``.
         figures: lines for the adapter's model card.
+        state_dict: the tensors of a model that is split over processes, put together.
 
     Raises:
         DiskError: the disk is full or not writable; what stood there before still stands.
@@ -37,7 +45,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
-        _write(model, tokenizer, beside, figures)
+        _write(model, tokenizer, beside, figures, state_dict)
         if folder.exists():
             os.replace(folder, old)
         os.replace(beside, folder)
@@ -53,13 +61,19 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, 
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, figures: Mapping[str, str]) -> None:
+def _write(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    figures: Mapping[str, str],
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
     folder.mkdir(parents=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, tokenizer=tokenizer, figures=figures)
+        model.save_pretrained(folder, tokenizer=tokenizer, figures=figures, state_dict=state_dict)
         return
     with _no_bars():
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 

@@ -15,11 +15,14 @@ from veneer.adapters.budget import penalty
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.data.collate import tokens
+from veneer.engine.head import is_split
 from veneer.optimizers import second_factors
 from veneer.tasks.task import Tally
 from veneer.train.config import RunConfig
 from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan
+from veneer.train.shards import saved_state, shapes_of, whole
+from veneer.train.strategy import spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +57,9 @@ class Learner:
             device=accelerator.device.type,
         )
         self.schedule = scheduled(made, self.config.schedule, steps=plan.steps, warmup=self.config.warmup)
-        self.model, self.optimiser = accelerator.prepare(self.bare, made)
+        self.shapes = shapes_of(self.bare)
+        self.shared, self.optimiser = spread(accelerator, self.bare, made)
+        self.model = self.bare if is_split(self.bare) else self.shared
 
     @property
     def learning_rate(self) -> float:
@@ -82,7 +87,7 @@ class Learner:
         broken: tuple[float, list[str]] | None = None
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.shared):
                 result = task.loss(self.model, batch)
                 if broken is None and not math.isfinite(result.tally.loss):
                     broken = result.tally.loss, origins[number]
@@ -100,7 +105,7 @@ class Learner:
         if units and explodes(loss_of_all / units):
             self._refuse(f"The loss has exploded to {loss_of_all / units:.4g}", step, self._of_all(rows))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = float(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf))
+        norm = float(whole(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf)))
         if not math.isfinite(norm):
             self._refuse(f"The gradient's norm is {norm}", step, self._of_all(rows))
         self.optimiser.step()
@@ -110,6 +115,10 @@ class Learner:
         self.optimiser.zero_grad()
         read = self._summed(sum(tokens(batch) for batch in batches))
         return Taken(Tally(loss_of_all, int(units)), norm, int(read))
+
+    def saved_state(self) -> dict[str, Tensor] | None:
+        """For ``save_pretrained`` in the main process, of a model that is split; every process must ask."""
+        return saved_state(self.bare, self.shapes, keep=self.accelerator.is_main_process)
 
     def _refuse(self, what: str, step: int, origins: Sequence[str]) -> NoReturn:
         self.optimiser.zero_grad()

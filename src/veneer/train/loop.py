@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -31,6 +30,7 @@ from veneer.train.progress import Progress
 from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, picked_up, rewind
 from veneer.train.savings import saving
 from veneer.train.sets import data_name
+from veneer.train.strategy import check_model
 from veneer.train.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def train(
     from accelerate.utils import set_seed
 
     keep_freed_memory()
-    accelerator = joined(config.precision)
+    accelerator = joined(config)
     config, measured = settled(config, model)
-    accelerator = joined(config.precision) if measured else accelerator
+    accelerator = joined(config) if measured else accelerator
     set_seed(config.seed)
     saved, config, said = picked_up(config, accelerator.num_processes) if resume else (None, config, [])
     plan = prepare(
@@ -106,7 +106,7 @@ def train(
     )
     if saved is not None:
         check(saved, plan)
-    plan = dataclasses.replace(plan, notes=(*said, *measured, *plan.notes))
+    plan = replace(plan, notes=(*said, *measured, *plan.notes, *check_model(accelerator, plan.trained.model)))
     if on_ready is not None and accelerator.is_main_process:
         on_ready(plan)
     # A slower process must have found the folder empty before the first one writes into it.
@@ -183,7 +183,7 @@ class Loop:
             trainable=self.plan.trained.trainable,
             total=self.plan.trained.total,
             data=self.plan.train_set.report.to_dict(),
-            parts=[dataclasses.asdict(part) for part in self.plan.parts],
+            parts=[asdict(part) for part in self.plan.parts],
             held_out_data=held_out.report.to_dict() if held_out else None,
             notes=list(self.plan.notes),
         )
@@ -323,9 +323,10 @@ class Loop:
 
     def _save(self, name: str) -> None:
         self.accelerator.wait_for_everyone()
+        tensors = self.learner.saved_state()
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-            checkpoint.save(model, self.plan.tokenizer, self.folder / name, figures=self._figures())
+            place, figures = self.folder / name, self._figures()
+            checkpoint.save(self.learner.bare, self.plan.tokenizer, place, figures=figures, state_dict=tensors)
 
     def _figures(self) -> dict[str, str]:
         config, progress = self.config, self.progress

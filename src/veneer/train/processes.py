@@ -10,38 +10,25 @@ import torch
 from veneer.core.errors import ConfigError, UsageError
 from veneer.train.config import RunConfig
 from veneer.train.state import Saved
+from veneer.train.strategy import chosen, enter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
-"""What accelerate launch sets for a strategy other than DDP, and its name."""
 
-
-def joined(precision: str) -> Accelerator:
-    """An accelerator of this precision. accelerate keeps it for the whole process, which may do several runs.
+def joined(config: RunConfig) -> Accelerator:
+    """An accelerator for a run. accelerate keeps it for the whole process, which may do several runs.
 
     Raises:
         UsageError: the launcher started more processes than found each other: each would do the whole run alone; or
-            it asks for a strategy that shards the model.
+            it is configured for a strategy that is not offered, or not the run's.
+        ConfigError: the run's strategy cannot train it.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
-    # On a CPU accelerate would take DDP instead without a word; elsewhere each process would save its shard alone.
-    for variable, strategy in _SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
-            raise UsageError(
-                f"accelerate is configured for {strategy}, but veneer trains with DDP, every process with the whole "
-                f"model; start the run with torchrun, or without what sets {variable}."
-            )
-
-    wanted = "bf16" if precision == "bf16" else "no"
+    strategy = chosen(config)
+    wanted = "bf16" if config.precision == "bf16" else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,6 +42,7 @@ def joined(precision: str) -> Accelerator:
             f"The launcher started {started} processes, but accelerate joined {accelerator.num_processes}; start the "
             "run with torchrun or accelerate launch, and without --cpu."
         )
+    enter(accelerator, strategy)
     return accelerator
 
 

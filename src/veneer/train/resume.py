@@ -33,6 +33,7 @@ FREE = frozenset(
             "offload_activations",
             "workers",
             "cache",
+            "strategy",
         ),
     }
 )

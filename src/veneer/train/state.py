@@ -32,6 +32,7 @@ from veneer.core.disk import write_folder
 from veneer.core.errors import TrainingError
 from veneer.train.learner import Learner
 from veneer.train.progress import Progress
+from veneer.train.shards import gathered, placed, settle, state_placed, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,11 +81,13 @@ def save(
     from accelerate.utils import gather_object
 
     generators = gather_object([_generators()])
-    if not accelerator.is_main_process:
+    keep = accelerator.is_main_process
+    parameters = learned(learner, keep=keep)
+    tensors, rest = _split(learner.optimiser.state_dict(), keep=keep)
+    if not keep:
         return
-    tensors, rest = _split(learner.optimiser.state_dict())
     files = {
-        "parameters.safetensors": learned(learner.bare),
+        "parameters.safetensors": parameters,
         "optimiser.safetensors": {**tensors, **_averages(learner.bare)},
         "random.safetensors": {
             f"{process}/{key}": value
@@ -113,9 +116,14 @@ def save(
     write_folder(folder / FOLDER / f"step-{progress.step:08d}", write, replace=True)
 
 
-def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what learns and of the buffers that are saved with a model, by name, on the CPU."""
-    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def learned(learner: Learner, *, keep: bool) -> dict[str, Tensor]:
+    """Copies of what learns and of the buffers that are saved with a model, by name, on the CPU.
+
+    Every process must call it; those that do not ``keep`` them get nothing.
+    """
+    model = learner.bare
+    settle(model)
+    found = gathered(((n, p) for n, p in model.named_parameters() if p.requires_grad), learner.shapes, keep=keep)
     kept = {
         name: buffer
         for prefix, module in model.named_modules()
@@ -123,7 +131,7 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
         if buffer is not None and key not in module._non_persistent_buffers_set
         for name in [f"{prefix}.{key}" if prefix else key]
     }
-    return {name: tensor.to("cpu", copy=True) for name, tensor in {**kept, **found}.items()}
+    return {**{name: buffer.to("cpu", copy=True) for name, buffer in kept.items()}, **found}
 
 
 def _generators() -> dict[str, Any]:
@@ -139,13 +147,15 @@ def _generators() -> dict[str, Any]:
     return {"torch": states, "plain": plain}
 
 
-def _split(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a nested state by path, and the same nesting with their paths in their places."""
+def _split(tree: Any, *, keep: bool) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a nested state by path, whole, and the same nesting with their paths in their places."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().to("cpu", copy=True)
+            full = whole(value.detach())
+            if keep:
+                tensors[path] = full.to("cpu", copy=True)
             return {"tensor": path}
         if isinstance(value, Mapping):
             return {"items": [[key, walk(item, f"{path}/{key}")] for key, item in value.items()]}
@@ -234,14 +244,16 @@ def restore(saved: Saved, learner: Learner, accelerator: Accelerator) -> Progres
         TrainingError: it holds other parameters than the run has.
     """
     values, tensors = saved.values, saved.tensors
+    settle(learner.bare)
     with torch.no_grad():
         have = {**dict(learner.bare.named_buffers()), **dict(learner.bare.named_parameters())}
         for name, tensor in tensors["parameters.safetensors"].items():
             if name not in have or have[name].shape != tensor.shape:
                 raise TrainingError(f"The checkpoint {saved.path.name} has {name}, which this run does not have so.")
-            have[name].copy_(tensor)
+            have[name].copy_(placed(tensor, have[name]))
     state = tensors["optimiser.safetensors"]
-    learner.optimiser.load_state_dict(_joined(values["optimiser"], state))
+    whole_state = _joined(values["optimiser"], state)
+    learner.optimiser.load_state_dict(state_placed(whole_state, learner.optimiser))
     learner.schedule.load_state_dict(values["schedule"])
     if isinstance(learner.bare, PeftModel):
         _put_budgets(learner.bare, values["budgets"], state)
