@@ -51,6 +51,19 @@ def test_combining_is_refused(kind: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("how", ["linear", "cat", "svd"])
+def test_one_adapter_with_weight_one_is_that_adapter(kind: str, how: str, tmp_path: Path) -> None:
+    adapted = adapt(kind)
+    models.randomise(adapted)
+    adapted.add_weighted_adapter(["second"], [1.0], "third", combination_type=how)
+    adapted.save_pretrained(tmp_path)
+    third, second = (files.read(tmp_path / name) for name in ("third", "second"))
+    assert third.config == second.config
+    assert third.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(tensor, second.tensors[key]) for key, tensor in third.tensors.items())
+
+
+@pytest.mark.parametrize("kind", MADE)
 def test_converting_is_refused(kind: str) -> None:
     with pytest.raises(UsageError, match="converting knows one pair"):
         convert(adapt(kind).base_model, "default")

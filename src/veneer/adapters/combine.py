@@ -98,9 +98,11 @@ def add_weighted_adapter(
         raise UsageError(f"svd_full_matrices is {svd_full_matrices!r}; expected true or false.")
     recipe = recipe_for(combination_type, svd_rank, svd_clamp, density, majority_sign_method, len(adapters))
     _check_whole(adapted, adapters)
-    check_pairs(adapted, adapters, "add_weighted_adapter")
+    copies = recipe.exact and list(weights) == [1]
+    if not copies:
+        check_pairs(adapted, adapters, "add_weighted_adapter")
     with torch.no_grad():
-        if recipe.exact and list(weights) == [1]:
+        if copies:
             report = _copy(adapted, adapters[0], adapter_name)
         else:
             report = _combined(adapted, adapters, weights, adapter_name, recipe)
