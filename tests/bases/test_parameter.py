@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 
 import veneer
 from tests.models import randomise
-from veneer.core.errors import ConfigError, MergeError, TargetError, UsageError
+from veneer.core.errors import ConfigError, TargetError, UsageError
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 37,
@@ -268,11 +269,46 @@ def test_a_parametrised_parameter_keeps_its_parametrisation_and_one_update(names
         torch.testing.assert_close(adapted(x), written(x), rtol=1e-9, atol=1e-9)
     with parametrize.cached():
         torch.testing.assert_close(adapted(x), written(x), rtol=1e-9, atol=1e-9)
-    with pytest.raises(MergeError, match="parametrised"):
-        adapted.merge_and_unload()
-    torch.testing.assert_close(adapted(x), written(x), rtol=1e-9, atol=1e-9)
     assert torch.equal(adapted.unload()(x), parametrised()(x))
     assert parametrize.is_parametrized(base[1], "up")
+
+
+@pytest.mark.parametrize("names", [["1.up"], ["1.up", "1.down"]], ids=["one", "two"])
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "beside-others"])
+def test_merging_into_a_parametrised_parameter(names: list[str], others: bool) -> None:
+    """For a while it is a fixed value, and the parametrisation comes back; for good it is a plain parameter."""
+    base, x = parametrised(), features()
+    if others:
+        parametrize.register_parametrization(base[1], "single", Doubled())
+    twin = copy.deepcopy(base)
+    adapted = ours(base, target_parameters=names)
+    adapted.add_adapter("second", veneer.LoraConfig(**fields(target_parameters=["1.up"])))
+    randomise(adapted, adapter="second", seed=5)
+    before, frozen = adapted(x), twin(x)
+    lists = dict(base[1].parametrizations.items())
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), before, rtol=1e-12, atol=1e-12)
+    adapted.unmerge_adapter()
+    adapted.set_adapter(["default", "second"])
+    both = adapted(x)
+    adapted.merge_adapter(["default"])
+    torch.testing.assert_close(adapted(x), both, rtol=1e-12, atol=1e-12)
+    adapted.base_model.to(torch.float32)
+    adapted.unmerge_adapter()
+    assert dict(base[1].parametrizations.items()) == lists
+    assert {p.dtype for p in lists["up"].parameters()} == {torch.float32}
+    adapted.base_model.to(torch.float64)
+    adapted.set_adapter("default")
+    expected = adapted(x)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected, rtol=1e-6, atol=1e-6)
+    assert type(merged[1]._parameters["up"]) is nn.Parameter
+    assert parametrize.is_parametrized(merged[1]) == others
+    assert {name for name, _ in merged.named_parameters() if "parametrizations" in name} == (
+        {"1.parametrizations.single.original"} if others else set()
+    )
+    # A copy from before computes as it did.
+    assert torch.equal(twin(x), frozen)
 
 
 def test_a_forward_that_was_replaced_on_the_instance_is_run() -> None:

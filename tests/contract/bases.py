@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from veneer.core import registry
 
@@ -155,13 +156,24 @@ class _Experts(nn.Module):
         return torch.einsum("bti,toi->bto", x, W if W.ndim == 3 else W.expand(3, -1, -1))
 
 
-def _parameter(*shape: int, is_transposed: bool = False) -> BaseCase:
+class _Doubled(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, W: Tensor) -> Tensor:
+        return 2 * W
+
+
+def _parameter(*shape: int, is_transposed: bool = False, is_computed: bool = False) -> BaseCase:
+    def module() -> nn.Module:
+        experts = _Experts(*shape, is_transposed=is_transposed)
+        return parametrize.register_parametrization(experts, "stack", _Doubled()) if is_computed else experts
+
     def plain(module: nn.Module, x: Tensor, W_OI: Tensor, bias: Tensor | None) -> Tensor:
         # Rows of the experts below each other; each token's own are found on the diagonal.
         return (x @ W_OI.t()).view(2, 3, -1, 5).expand(2, 3, 3, 5).diagonal(dim1=1, dim2=2).transpose(1, 2)
 
     fields = {"target_modules": [], "target_parameters": ["layer.stack"]}
-    return BaseCase(lambda: _Experts(*shape, is_transposed=is_transposed), _features, plain=plain, fields=fields)
+    return BaseCase(module, _features, plain=plain, fields=fields)
 
 
 CASES: dict[str, dict[str, BaseCase]] = {
@@ -187,6 +199,7 @@ CASES: dict[str, dict[str, BaseCase]] = {
         "experts": _parameter(3, 5, 6),
         "transposed": _parameter(3, 6, 5, is_transposed=True),
         "matrix": _parameter(5, 6),
+        "parametrised": _parameter(3, 5, 6, is_computed=True),
     },
     "embedding": {
         "plain": BaseCase(lambda: nn.Embedding(9, 5), _ids, _one_hot),

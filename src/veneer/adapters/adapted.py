@@ -138,7 +138,7 @@ class AdaptedModel(nn.Module):
         layer = self.layers.get(parameter) or self.layers.get(path)
         if layer is not None and layer.unmerged is not None and leaf in layer.unmerged:
             kept = layer.unmerged[leaf]
-            assert kept is not None
+            assert isinstance(kept, nn.Parameter)
             return kept
         module = self.index.slots[path].module if path else self.model
         found = module._parameters[leaf]

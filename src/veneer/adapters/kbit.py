@@ -17,8 +17,9 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.index import ModuleIndex, Slot, view
 from veneer.adapters.layer import AdaptedLayer
 from veneer.core import registry
-from veneer.core.base import Into, QuantisedBase, as_parameter, merge_dtype, plain_linear, shell
+from veneer.core.base import Into, QuantisedBase, as_parameter, merge_dtype, plain_linear
 from veneer.core.errors import MergeError, UsageError, nearest
+from veneer.core.parametrised import shell
 
 INTO: tuple[Into, ...] = get_args(Into)
 

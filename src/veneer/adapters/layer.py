@@ -13,8 +13,9 @@ from veneer.adapters.holder import holder_for
 from veneer.adapters.rebase import standing, standing_weight
 from veneer.adapters.routing import Router
 from veneer.core import registry
-from veneer.core.base import AbstractBase, InputBase, WeightBase, call_with, merge_dtype, shell
+from veneer.core.base import AbstractBase, InputBase, WeightBase, call_with, merge_dtype
 from veneer.core.lora_variant import BIAS
+from veneer.core.parametrised import Holder, shell
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
 _ALONE = Router()
@@ -47,7 +48,7 @@ class AdaptedLayer(nn.Module):
     merged_adapters: list[str]
     disable_adapters: bool
     live: tuple[str, ...]
-    unmerged: dict[str, nn.Parameter | None] | None
+    unmerged: dict[str, Holder | None] | None
     aside: nn.Module | None
     router: Router
 
@@ -92,9 +93,7 @@ class AdaptedLayer(nn.Module):
             return first
         if self.unmerged is None:
             return self.base
-        twin = shell(self.get_base_layer())
-        twin._parameters.update(self.unmerged)
-        return self.base_class(twin, self.leaf)
+        return self.base_class(shell(self.get_base_layer(), self.unmerged), self.leaf)
 
     @property
     def merged(self) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.kbit import check_into, mark_merged, merge_quantised
@@ -19,6 +18,7 @@ from veneer.adapters.layer import AdaptedLayer
 from veneer.adapters.ties import keeps_tied, tie_merged
 from veneer.core.base import Into, QuantisedBase
 from veneer.core.errors import MergeError, UsageError, listed
+from veneer.core.parametrised import hold, holder_of, move, settle
 
 
 def merge(
@@ -126,6 +126,7 @@ def unload(
             merge(adapted, were_merged, into=were_into)
         raise
     for path, layer in adapted.layers.items():
+        settle(layer.get_base_layer(), layer.leaf)
         adapted.hang(path, layer.get_base_layer())
     for path, wrapper in adapted.saved.items():
         kept = next((name for name in merged if name in wrapper.modules_to_save), None)
@@ -185,9 +186,6 @@ def check_place(layer: AdaptedLayer, name: str) -> None:
         MergeError: it has none.
     """
     layer.base.delta(*(torch.empty(shape, device="meta") for shape in layer.base.factor_shapes(layer.r[name])))
-    if parametrize.is_parametrized(layer.get_base_layer(), layer.leaf):
-        # Refused here and not halfway: it says itself why.
-        layer.base.replace(layer.base.weight())
 
 
 def _merge_layer(
@@ -204,15 +202,14 @@ def _merge_layer(
             layer.keep_stand_in()
         layer.merged_adapters = every
     elif names:
-        parameters = layer.get_base_layer()._parameters
-        leaves = (layer.leaf, layer.base.bias_name())
-        originals = layer.unmerged or {leaf: parameters[leaf] for leaf in leaves if leaf is not None}
+        module, leaves = layer.get_base_layer(), (layer.leaf, layer.base.bias_name())
+        originals = layer.unmerged or {leaf: holder_of(module, leaf) for leaf in leaves if leaf is not None}
         with torch.no_grad():
             bias = _bias(layer)
             new_bias = merged_bias(layer, names, bias)
             layer.base.replace(layer.changed(layer.original.weight(), every))
             if new_bias is not None and new_bias is not bias:
-                parameters[leaves[1]] = nn.Parameter(new_bias, requires_grad=False)  # type: ignore[index]
+                module._parameters[leaves[1]] = nn.Parameter(new_bias, requires_grad=False)  # type: ignore[index]
         layer.unmerged = originals if reversible else None
         layer.merged_adapters = every
     layer.refresh()
@@ -236,15 +233,14 @@ def _restore(layer: AdaptedLayer) -> None:
         layer.give_back()
         layer.merged_adapters = []
     if layer.unmerged is not None:
-        parameters = layer.get_base_layer()._parameters
-        now = parameters[layer.leaf]
+        module = layer.get_base_layer()
+        now = holder_of(module, layer.leaf)
         assert now is not None
         for leaf, original in layer.unmerged.items():
-            if original is not None and (original.device, original.dtype) != (now.device, now.dtype):
-                # The model was moved or cast while merged, and the kept tensor was out of sight of ``to()``.
-                original.data = original.data.to(now.device, now.dtype)
-            if leaf in parameters:
-                parameters[leaf] = original
+            if original is not None:
+                # The model may have been moved or cast while merged.
+                move(original, like=now)
+            hold(module, leaf, original)
         layer.unmerged = None
         layer.merged_adapters = []
     layer.refresh()

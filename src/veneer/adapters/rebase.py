@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core import registry
-from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype, plain_linear, shell
+from veneer.core.base import AbstractBase, InputBase, QuantisedBase, merge_dtype, plain_linear
 from veneer.core.config import TunerConfig
 from veneer.core.errors import AdapterFileError
 from veneer.core.init import AbstractInit
+from veneer.core.parametrised import shell
 from veneer.core.variant import ParameterSpec
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.base import WeightBase, merge_dtype
-from veneer.core.errors import MergeError
+from veneer.core.parametrised import replace, value_of
 
 
 @final
@@ -52,12 +52,7 @@ class Base(WeightBase):
         return None
 
     def replace(self, W_OI: Tensor) -> None:
-        if self.leaf not in self.module._parameters:
-            raise MergeError(
-                f"{self.leaf} of {type(self.module).__name__} is parametrised: it is computed from other tensors, so "
-                "that nothing can be merged into it; use the adapter unmerged, or remove the parametrisation first."
-            )
-        setattr(self.module, self.leaf, nn.Parameter(self.stored(W_OI), requires_grad=False))
+        replace(self.module, self.leaf, self.stored(W_OI))
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
         experts, out, inputs = self._sizes()
@@ -75,8 +70,7 @@ class Base(WeightBase):
         return W_EOI.transpose(1, 2).contiguous() if self._is_transposed() else W_EOI
 
     def _value(self) -> Tensor:
-        W: Tensor = getattr(self.module, self.leaf)
-        return W
+        return value_of(self.module, self.leaf)
 
     def _is_transposed(self) -> bool:
         return self._value().ndim == 3 and bool(getattr(self.module, "is_transposed", False))

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
+from veneer.core.parametrised import shell
+
 Into = Literal["dequantised", "requantised"]
 """What a quantised layer can become when an adapter is merged into it."""
 
@@ -218,14 +220,6 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kw
 @functools.cache
 def _reading(kind: type[nn.Module], name: str) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {name: property(lambda module: module.__dict__[f"_seated_{name}"])})
-
-
-def shell(module: nn.Module) -> nn.Module:
-    """A module that shares everything with another one, until a parameter of it is replaced."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    return twin
 
 
 def merge_dtype(*tensors: Tensor) -> torch.dtype:
