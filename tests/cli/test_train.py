@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests import chat
 from veneer.cli.main import main
 from veneer.cli.run_fields import run_fields
+from veneer.core.errors import UsageError
 from veneer.train.config import RunConfig
 from veneer.train.families import adapter_fields
+from veneer.train.sets import asked_for
 
 
 @pytest.fixture
@@ -180,3 +183,28 @@ def test_held_out_data_of_a_folder_that_has_its_own(place: Path, capsys: pytest.
         chat.written(place / "folder" / f"{name}.jsonl", chat.pairs(count))
     assert train("--eval-data", "folder", "--max-steps", "1", "--json") == 0
     assert json.loads(capsys.readouterr().out)["held_out_data"]["rows"] == 3
+
+
+def test_a_mixture_from_flags(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.written(place / "more.jsonl", chat.pairs(4))
+    assert train("--data", "train.jsonl=1", "--data", "more.jsonl=0") == 2
+    assert "The weight of data 'more.jsonl' is 0.0; expected a positive number." in capsys.readouterr().err
+    assert train("--data", "train.jsonl=1", "--data", "more.jsonl") == 2
+    assert "data 'more.jsonl' has no weight" in capsys.readouterr().err
+    mixture = ["--data", "train.jsonl=1", "--data", "more.jsonl=3", "--eval-fraction", "0"]
+    assert train(*mixture, "--max-steps", "1", "--workers", "1", "--cache", "kept", "--json") == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    assert [(part["name"], part["taken"]) for part in parts] == [("train.jsonl", 4), ("more.jsonl", 12)]
+    assert len([path for path in (place / "kept").iterdir() if path.is_dir()]) == 2
+    assert main(["data", *mixture[1:4:2], "--model", "model", "--cache", "kept", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["from_cache"], [part["taken"] for part in found["parts"]]) == ([True, True], [4, 12])
+    assert "12 of more.jsonl (3.00 times its 4)" in found["notes"][-1]
+
+
+def test_stdin_reaches_one_process_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UsageError, match=r"data - \(stdin\) reaches one process alone"):
+        asked_for(RunConfig(data="-", output="run"), None, None)

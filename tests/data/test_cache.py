@@ -22,6 +22,7 @@ from veneer.data.encoder import Encoder
 from veneer.data.formats import recognise
 from veneer.data.sources import in_memory, rows_of, sources
 from veneer.data.store import Store
+from veneer.tasks.causal_lm import Task
 
 TOKENIZER = chat.tokenizer()
 
@@ -243,6 +244,14 @@ def test_examples_of_a_program_are_not_kept(tmp_path: Path) -> None:
     assert place.is_dir()
     del found
     assert not place.exists()
+
+
+def test_processes_that_are_spawned(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on systems without fork: all that an encoder is must reach another process."""
+    monkeypatch.setattr(processes, "START", "spawn")
+    task = functools.partial(Task().encode, tokenizer=TOKENIZER, max_length=24, train_on="completion")
+    spawned = read(rows, encoder=Encoder(task, TOKENIZER, {}), workers=1)
+    assert same(spawned.store.set_of(), read(rows).store.set_of())
 
 
 def _die(rows: Any) -> EncodedSet:

@@ -45,18 +45,19 @@ def data(
     from veneer.report.preview import preview as drawn
     from veneer.tasks import task as tasks
     from veneer.tasks.loading import load_tokenizer
-    from veneer.train.sets import Reader, asked_for
+    from veneer.train.sets import Reader, asked_for, mix
 
     settings = RunConfig(**run_values, data=paths, eval_fraction=0, on_bad_row="skip", output="-")
     task, asked = tasks.get(settings.task), asked_for(settings, None, None)
     tokenizer, notes = task.prepare(asked, load_tokenizer(model))
-    reader = Reader(settings, task, asked.columns, tokenizer, _config(model, notes))
+    reader = Reader(settings, task, asked.columns, tokenizer, _config(model, notes), console(stderr=True))
     read = [reader.read(part.sources) for part in asked.parts]
-    found = joined([one.store.set_of() for one in read])
+    sets = [one.store.set_of() for one in read]
+    found, (_, parts, mixed) = joined(sets), mix(asked.parts, sets)
     screen = console()
     for example in found.examples[:preview]:
         screen.print(drawn(task.preview(example, tokenizer), origin=example.origin))
-    notes = [*asked.notes, *notes, *reader.notes(read)]
+    notes = [*asked.notes, *notes, *reader.notes(read), *mixed]
     figures = _figures(found, settings.batch_size)
     _show(found, read, figures, notes)
     return {
@@ -65,6 +66,7 @@ def data(
         "bad_rows": [reason for one in read for reason in one.store.reasons],
         **figures,
         "fingerprint": found.fingerprint,
+        "parts": parts,
         "cache": [str(one.kept) if one.kept else None for one in read],
         "from_cache": [one.reused for one in read],
         "notes": notes,

@@ -146,8 +146,8 @@ def padding(lengths: Sequence[int], batch_size: int) -> float:
     >>> padding([4, 4, 4, 4], 2)
     0.0
     """
-    order = list(range(len(lengths)))
+    order = array("q", range(len(lengths)))
     random.Random(0).shuffle(order)
-    batches = [[lengths[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    computed = sum(max(batch) * len(batch) for batch in batches)
+    batches = (order[at : at + batch_size] for at in range(0, len(order), batch_size))
+    computed = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     return 1 - sum(lengths) / computed if computed else 0.0

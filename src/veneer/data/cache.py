@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,7 @@ def prepared(
     cache: Path | None,
     workers: int = 0,
     skip: bool = False,
+    on_rows: Callable[[int], object] = lambda count: None,
 ) -> Prepared:
     """The rows of some sources as sequences, from the cache or encoded now.
 
@@ -63,6 +64,7 @@ def prepared(
         cache: the folder to keep encoded data in; None keeps nothing.
         workers: see ``encoded``.
         skip: leave bad rows out, instead of failing at the first.
+        on_rows: told how many rows are done, now and then.
 
     Raises:
         DataError: a bad row without ``skip``, no row at all, or none that can be used.
@@ -70,7 +72,7 @@ def prepared(
         DiskError: the disk is full.
     """
     key = None if cache is None else _key(sources, encoder, how)
-    chunks = _whole(encoded(sources, encoder, workers), skip)
+    chunks = _whole(encoded(sources, encoder, workers), skip, on_rows)
     found = Prepared(_temporary(chunks), None, False) if cache is None or key is None else _kept(cache, key, chunks)
     store = found.store
     if not len(store.rows) and not store.bad:
@@ -82,11 +84,14 @@ def prepared(
     return found
 
 
-def _whole(chunks: Iterator[Chunk], skip: bool) -> Iterator[Chunk]:
+def _whole(chunks: Iterator[Chunk], skip: bool, on_rows: Callable[[int], object]) -> Iterator[Chunk]:
+    count = 0
     for chunk in chunks:
         if chunk.bad and not skip:
             raise DataError(chunk.bad[0])
         yield chunk
+        count += len(chunk.columns["rows"]) + len(chunk.bad)
+        on_rows(count)
 
 
 def _temporary(chunks: Iterator[Chunk]) -> Store:

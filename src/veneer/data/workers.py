@@ -9,9 +9,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import torch
 
@@ -22,7 +23,13 @@ from veneer.data.sources import Source
 from veneer.data.store import Chunk, packed
 
 CHUNK = 256
-"""Rows that are encoded at a time."""
+"""The most rows that are encoded at a time."""
+CHARACTERS = 1_000_000
+"""Characters after which a chunk ends earlier, so that long documents do not fill the memory."""
+
+# As in torch's DataLoader: what is forked starts at once, and needs no guard in the program's main module.
+START = "fork" if sys.platform == "linux" else "spawn"
+"""How processes are started."""
 
 _encoder: Encoder | None = None
 
@@ -43,9 +50,7 @@ def encoded(sources: Sequence[Source], encoder: Encoder, workers: int) -> Iterat
         for rows in _chunks(sources):
             yield packed(map(encoder, rows))
         return
-    # As in torch's DataLoader: what is forked starts at once, and needs no guard in the program's main module.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (encoder, os.getpid()))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START), _start, (encoder, os.getpid()))
     try:
         yield from _in_order(pool, _chunks(sources), 2 * workers)
     except BrokenProcessPool:
@@ -72,17 +77,28 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[list[Row | BadRow]], a
 
 def _chunks(sources: Sequence[Source]) -> Iterator[list[Row | BadRow]]:
     rows: list[Row | BadRow] = []
+    characters = 0
     try:
         for row in (row for source in sources for row in source.read()):
             rows.append(row)
-            if len(rows) == CHUNK:
+            characters += _characters(row.values) if isinstance(row, Row) else 0
+            if len(rows) == CHUNK or characters > CHARACTERS:
                 yield rows
-                rows = []
+                rows, characters = [], 0
     except VeneerError:
         yield rows
         raise
     if rows:
         yield rows
+
+
+def _characters(value: Any) -> int:
+    """The characters of all texts in a row's values."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _start(encoder: Encoder, parent: int) -> None:

@@ -103,6 +103,7 @@ def train(
         eval_rows=eval_rows,
         processes=accelerator.num_processes,
         resume=resume,
+        console=console if accelerator.is_main_process else None,
     )
     if saved is not None:
         check(saved, plan)

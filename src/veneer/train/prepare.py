@@ -24,6 +24,7 @@ from veneer.train.starts import gathering
 from veneer.train.trackers import check_trackers
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = {"cpu": 1024, "other": 8192}
@@ -75,6 +76,7 @@ def prepare(
     eval_rows: Iterable[Mapping[str, Any]] | None,
     processes: int,
     resume: bool = False,
+    console: Console | None = None,
 ) -> Plan:
     """Check and load all that a run needs, the cheap things first. Nothing is written.
 
@@ -98,7 +100,7 @@ def prepare(
     tokenizer, said = task.prepare(asked, tokenizer)
     said += remarks(config.optimizer, PartialState().device.type)
     model_config = load_config(str(config.model)) if model is None else model.config
-    sets = both_sets(config, task, asked, tokenizer, model_config)
+    sets = both_sets(config, task, asked, tokenizer, model_config, console)
     model = _loaded(config, task) if model is None else _given(config, model)
     gather = gathering(task, sets.train.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)

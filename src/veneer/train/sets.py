@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from veneer.tasks.task import AbstractTask, longest_input, vocabulary
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Result = TypeVar("Result")
@@ -170,13 +172,14 @@ def both_sets(
     asked: Asked,
     tokenizer: PreTrainedTokenizerBase,
     model_config: PretrainedConfig,
+    console: Console | None = None,
 ) -> Sets:
     """Both sets as tokens, none longer than the model takes and none outside of its vocabulary.
 
     Raises:
         ConfigError, UsageError, DataError: see ``prepared``; no token to train; nothing to hold out for ``patience``.
     """
-    reader = Reader(config, task, asked.columns, tokenizer, model_config)
+    reader = Reader(config, task, asked.columns, tokenizer, model_config, console)
     read = [reader.read(part.sources) for part in asked.parts]
     apart = [_in_held_out(lambda: reader.read(asked.held_out))] if asked.held_out else []
     everything = [*read, *apart]
@@ -190,14 +193,9 @@ def both_sets(
         _in_held_out(lambda: check_trained(measured.report, reader.max_length))
     elif config.patience is not None:
         raise ConfigError("patience has no meaning when nothing is held out; give eval_data or eval_fraction.")
-    mixture = _mixture(asked.parts, train)
-    taken = mixture.taken if mixture else [len(one.examples) for one in train]
-    parts = tuple(
-        PartRecord(part.name, part.weight, one.report.rows, one.report.examples, count, one.fingerprint)
-        for part, one, count in zip(asked.parts, train, taken, strict=True)
-    )
+    mixture, parts, said = mix(asked.parts, train)
     nothing = [] if measured is not None else ["Nothing is held out, so no best is kept, only the last."]
-    notes = [*nothing, *bad_rows(everything), *reader.notes(everything), *_reused(everything), *_mixed(parts, mixture)]
+    notes = [*nothing, *bad_rows(everything), *reader.notes(everything), *_reused(everything), *said]
     return Sets(whole, measured, mixture, parts, (*asked.notes, *notes))
 
 
@@ -219,8 +217,9 @@ class Reader:
         columns: Mapping[str, str],
         tokenizer: PreTrainedTokenizerBase,
         model_config: PretrainedConfig | None,
+        console: Console | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.console = config, console
         self.limit = longest_input(model_config) if model_config is not None else None
         self.max_length = min(config.max_length, self.limit or config.max_length)
         how = {"max_length": self.max_length, "train_on": config.train_on, "truncate": config.truncate}
@@ -232,14 +231,16 @@ class Reader:
     def read(self, found: Sequence[Source]) -> Prepared:
         """Some sources as sequences. See ``prepared``."""
         cache = {"auto": cache_folder() / "data", "off": None}.get(self.config.cache, Path(self.config.cache))
-        return prepared(
-            found,
-            self.encoder,
-            self.how,
-            cache=None if cache is None else cache.expanduser(),
-            workers=self.config.workers,
-            skip=self.config.on_bad_row == "skip",
-        )
+        with _counting(self.console) as on_rows:
+            return prepared(
+                found,
+                self.encoder,
+                self.how,
+                cache=None if cache is None else cache.expanduser(),
+                workers=self.config.workers,
+                skip=self.config.on_bad_row == "skip",
+                on_rows=on_rows,
+            )
 
     def notes(self, read: Sequence[Prepared]) -> list[str]:
         """What there is to say of data that was read."""
@@ -251,6 +252,16 @@ class Reader:
                 f"{self.config.max_length:,}: {first} is the first that is longer."
             )
         return said
+
+
+@contextlib.contextmanager
+def _counting(console: Console | None) -> Iterator[Callable[[int], object]]:
+    """A line on a terminal that counts the rows which are done, gone when all are."""
+    if console is None or not console.is_terminal:
+        yield lambda count: None
+        return
+    with console.status("encoding ...") as status:
+        yield lambda count: status.update(f"encoding ... {count:,} rows")
 
 
 def bad_rows(read: Sequence[Prepared]) -> list[str]:
@@ -293,21 +304,25 @@ def _drawn(count: int, config: RunConfig) -> set[int]:
     return set(random.Random(config.seed).sample(range(count), some))
 
 
-def _mixture(parts: Sequence[Part], train: Sequence[EncodedSet]) -> Mixture | None:
+def mix(parts: Sequence[Part], sets: Sequence[EncodedSet]) -> tuple[Mixture | None, tuple[PartRecord, ...], list[str]]:
+    """How parts are mixed, if they are weighed; each with its counts; and what there is to say of the mixture.
+
+    Raises:
+        DataError: a part has a weight, and nothing to train.
+    """
     weights = [part.weight for part in parts if part.weight is not None]
-    if not weights:
-        return None
-    for part, one in zip(parts, train, strict=True):
-        if not one.report.examples:
+    for part, one in zip(parts, sets, strict=True):
+        if part.weight is not None and not one.report.examples:
             raise DataError(f"{part.name} has no token to train, so it cannot have the weight {part.weight:g}.")
-    return Mixture([len(one.examples) for one in train], weights)
-
-
-def _mixed(parts: Sequence[PartRecord], mixture: Mixture | None) -> list[str]:
+    mixture = Mixture([len(one.examples) for one in sets], weights) if weights else None
+    taken = mixture.taken if mixture else [len(one.examples) for one in sets]
+    records = tuple(
+        PartRecord(part.name, part.weight, one.report.rows, one.report.examples, count, one.fingerprint)
+        for part, one, count in zip(parts, sets, taken, strict=True)
+    )
     if mixture is None:
-        return []
+        return None, records, []
     each = [
-        f"{part.taken:,} of {part.name} ({part.taken / part.examples:.2f} times its {part.examples:,})"
-        for part in parts
+        f"{one.taken:,} of {one.name} ({one.taken / one.examples:.2f} times its {one.examples:,})" for one in records
     ]
-    return [f"Each pass has {sum(mixture.taken):,} examples: {listed(each)}."]
+    return mixture, records, [f"Each pass has {sum(taken):,} examples: {listed(each)}."]
