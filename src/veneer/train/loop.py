@@ -95,16 +95,9 @@ def train(
     accelerator = joined(config) if measured else accelerator
     set_seed(config.seed)
     saved, config, said = picked_up(config, accelerator.num_processes) if resume else (None, config, [])
-    plan = prepare(
-        config,
-        model=model,
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
-        processes=accelerator.num_processes,
-        resume=resume,
-        console=console if accelerator.is_main_process else None,
-    )
+    console = console if accelerator.is_main_process else None
+    given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train_rows": train_rows, "eval_rows": eval_rows}
+    plan = prepare(config, **given, processes=accelerator.num_processes, resume=resume, console=console)
     if saved is not None:
         check(saved, plan)
     plan = replace(plan, notes=(*said, *measured, *plan.notes, *check_model(accelerator, plan.trained.model)))
@@ -112,7 +105,7 @@ def train(
         on_ready(plan)
     # A slower process must have found the folder empty before the first one writes into it.
     accelerator.wait_for_everyone()
-    return Loop(plan, accelerator, saved).run(console if accelerator.is_main_process else None)
+    return Loop(plan, accelerator, saved).run(console)
 
 
 @final
