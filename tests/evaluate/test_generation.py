@@ -10,8 +10,9 @@ import torch
 
 from tests import chat
 from veneer import LoraConfig, UsageError, get_peft_model
-from veneer.evaluate.generation import answer, answers, encode, stop_ids
-from veneer.evaluate.sampling import Sampling
+from veneer.evaluate.generation import answer, answers, encode
+from veneer.tasks.sampling import Sampling
+from veneer.tasks.writing import stop_ids
 
 PROMPT = "what colour is the stone"
 

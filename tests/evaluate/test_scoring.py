@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from tests import chat
-from veneer.core.errors import ConfigError, DataError
-from veneer.data.sources import rows_of
-from veneer.evaluate.scoring import score
+from veneer.core.errors import DataError
+from veneer.data.sources import in_memory
+from veneer.evaluate.scoring import Score, score
+from veneer.evaluate.subject import Subject
+from veneer.tasks import task as tasks
+from veneer.train.config import RunConfig
 
-SETTINGS = {"task": "causal_lm", "max_length": 64, "train_on": "completion"}
+
+def scored(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int = 2) -> Score:
+    task = tasks.get("causal_lm")
+    subject = Subject(model, tokenizer, task, "causal_lm", "model", None)
+    settings = RunConfig(max_length=64, batch_size=batch_size, output="-", cache="off")
+    return score(subject, subject.asked([in_memory(rows)], None), settings)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -25,7 +34,7 @@ def test_figures_are_means_over_trained_tokens(batch_size: int) -> None:
         for at, token in enumerate(answer, start=len(prompt) - 1):
             losses.append(-float(chances[at, token]))
             hits.append(int(chances[at].argmax()) == token)
-    found = score(model, tokenizer, rows_of(chat.pairs(7)), batch_size=batch_size, **SETTINGS)
+    found = scored(model, tokenizer, chat.pairs(7), batch_size)
     loss = sum(losses) / len(losses)
     assert found.metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert found.metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -35,13 +44,11 @@ def test_figures_are_means_over_trained_tokens(batch_size: int) -> None:
 
 
 def test_a_tokenizer_without_template_is_told() -> None:
-    found = score(chat.model(), chat.tokenizer(template=None), rows_of(chat.pairs(2)), batch_size=2, **SETTINGS)
+    found = scored(chat.model(), chat.tokenizer(template=None), chat.pairs(2))
     assert "no chat template" in found.notes[0]
 
 
 def test_errors_pass_through() -> None:
     model, tokenizer = chat.model(), chat.tokenizer()
-    with pytest.raises(ConfigError, match="causal_lm"):
-        score(model, tokenizer, rows_of(chat.pairs(1)), batch_size=1, **{**SETTINGS, "task": "nothing"})
     with pytest.raises(DataError, match="example 1"):
-        score(model, tokenizer, rows_of([{"x": "y"}]), batch_size=1, **SETTINGS)
+        scored(model, tokenizer, [{"x": "y"}])

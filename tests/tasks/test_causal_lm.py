@@ -82,20 +82,20 @@ def test_accuracy_counts_first_choices() -> None:
 
 
 def test_metrics() -> None:
-    found = TASK.metrics(Tally(loss=6.0, units=3, correct=1))
+    found = TASK.metrics(Tally(loss=6.0, units=3, correct=1), [], [])
     assert found == {"loss": 2.0, "perplexity": pytest.approx(math.e**2), "token_accuracy": pytest.approx(1 / 3)}
-    assert TASK.metrics(Tally(loss=1e6, units=1))["perplexity"] == math.inf
-    assert math.isnan(TASK.metrics(Tally())["loss"])
+    assert TASK.metrics(Tally(loss=1e6, units=1), [], [])["perplexity"] == math.inf
+    assert math.isnan(TASK.metrics(Tally(), [], [])["loss"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_measure_does_not_depend_on_batches_and_puts_the_mode_back(batch_size: int) -> None:
     model = chat.model(attention_dropout=0.9)
     model.train()
-    tally = measure(TASK, model, examples(), TOKENIZER, batch_size=batch_size, device="cpu")
+    found = measure(TASK, model, examples(), TOKENIZER, batch_size=batch_size, device="cpu")
     assert model.training
     model.eval()
-    assert tally.loss == pytest.approx(sum(expected_loss(model, example) for example in examples()), rel=1e-5)
+    assert found.tally.loss == pytest.approx(sum(expected_loss(model, example) for example in examples()), rel=1e-5)
 
 
 def test_preview_joins_to_the_text_with_its_trained_parts() -> None:

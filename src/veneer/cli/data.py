@@ -23,7 +23,8 @@ SHARES = (0, 10, 50, 90, 99, 100)
 
 
 @run_options(
-    *("task", "max_length", "truncate", "train_on", "columns", "batch_size", "workers", "cache"),
+    *("task", "labels", "problem", "prefix", "languages", "max_length", "truncate", "train_on", "columns"),
+    *("batch_size", "workers", "cache"),
 )
 def data(
     paths: Annotated[
@@ -44,13 +45,17 @@ def data(
     from veneer.data.encode import joined
     from veneer.report.preview import preview as drawn
     from veneer.tasks import task as tasks
-    from veneer.tasks.loading import load_tokenizer
+    from veneer.train.prepare import fitted
     from veneer.train.sets import Reader, asked_for, mix
 
     settings = RunConfig(**run_values, data=paths, eval_fraction=0, on_bad_row="skip", output="-")
-    task, asked = tasks.get(settings.task), asked_for(settings, None, None)
-    tokenizer, notes = task.prepare(asked, load_tokenizer(model))
-    reader = Reader(settings, task, asked.columns, tokenizer, _config(model, notes), console(stderr=True))
+    task = tasks.get(settings.task)
+    asked = asked_for(settings, task, None, None)
+    config, said = _config(model)
+    task = fitted(task, asked, settings, config)
+    tokenizer, notes = task.prepare(asked, task.processor(model))
+    notes = [*said, *notes]
+    reader = Reader(settings, task, asked.columns, tokenizer, config, console(stderr=True))
     read = [reader.read(part.sources) for part in asked.parts]
     sets = [one.store.set_of() for one in read]
     found, (_, parts, mixed) = joined(sets), mix(asked.parts, sets)
@@ -73,14 +78,13 @@ def data(
     }
 
 
-def _config(model: str, notes: list[str]) -> PretrainedConfig | None:
-    """The model's config; a folder may have a tokenizer alone."""
+def _config(model: str) -> tuple[PretrainedConfig | None, list[str]]:
+    """The model's config, and what it means that there is none; a folder may have a tokenizer alone."""
     from veneer.tasks.loading import load_config
 
     if Path(model).expanduser().is_dir() and not (Path(model).expanduser() / "config.json").is_file():
-        notes.append(f"{model} has no config.json, so the model's longest input and vocabulary are not checked.")
-        return None
-    return load_config(model)
+        return None, [f"{model} has no config.json, so the model's longest input and vocabulary are not checked."]
+    return load_config(model), []
 
 
 def _figures(found: EncodedSet, batch_size: int) -> dict[str, Any]:

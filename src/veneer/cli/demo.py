@@ -196,7 +196,7 @@ def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Docstri
     """The model's docstring for each function, always its likeliest one."""
     from veneer.data.docstrings import INSTRUCTION
     from veneer.evaluate.generation import answer, encode
-    from veneer.evaluate.sampling import Sampling
+    from veneer.tasks.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=_ANSWER_TOKENS)
     asked = (encode(tokenizer, pair.signature, system=INSTRUCTION) for pair in pairs)

@@ -1,19 +1,26 @@
-"""``veneer eval``: loss, perplexity and token accuracy on a file."""
+"""``veneer eval``: the loss and the metrics of a task on a file."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from veneer.cli.output import console
 from veneer.cli.run_fields import run_options
+from veneer.core.config import field_docs
 from veneer.core.errors import UsageError, listed
+from veneer.tasks.sampling import Sampling
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
     from veneer.data.sources import Source
     from veneer.evaluate.scoring import Score
+
+_DEFAULT, _HELP = Sampling(), field_docs(Sampling)
 
 
 @run_options(
@@ -26,26 +33,48 @@ def evaluate(
     ] = None,
     adapter: Annotated[str | None, typer.Option(metavar="RUN", help="A run or adapter folder.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the saved one.")] = "float32",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Where to draw which label was taken for which.")
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(min=0, help="Rows, the first ones, to answer token by token and compare with what is right.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help=_HELP["max_new_tokens"])] = _DEFAULT.max_new_tokens,
     *,
     run_values: dict[str, Any],
 ) -> dict[str, Any]:
     """Measure a model, with an adapter or without, on JSONL, CSV or Parquet.
 
-    Of a folder, the files called test are read, else those called valid, else all. Only answers count, as in
-    training; --train-on all counts every token.
+    The task is the one that the adapter was trained for. Of a folder, the files called test are read, else those
+    called valid, else all. Of a language model only answers count, as in training; --train-on all counts every token.
 
     Example: veneer eval --model ./model --adapter ./run --data test.jsonl
     """
-    if model is None and adapter is None:
-        raise UsageError("Give --model, --adapter, or both.")
+    from veneer.evaluate.scoring import score, score_answers
+    from veneer.evaluate.subject import Subject
+    from veneer.tasks.writing import AbstractWriter
+
     # Every field has RunConfig's default and check; an output is the one that evaluation does not need.
     settings = RunConfig(**run_values, output="-")
     files, note = _files(data)
-    score = _scored(model, adapter, files, settings, dtype)
-    notes = [*([note] if note else []), *score.notes]
-    _show(score, notes)
-    places = [file.place for file in files]
-    return {"model": model, "adapter": adapter, "files": places, **score.to_dict(), "notes": notes}
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    subject = Subject.load(model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize)
+    asked = subject.asked(files, settings.columns)
+    found = score(subject, asked, settings)
+    if answers:
+        judged, said = score_answers(subject, islice(asked, answers), sampling, settings)
+        found = replace(found, metrics={**found.metrics, **judged}, details={**found.details, "answers": said})
+    notes = [*([note] if note else []), *found.notes]
+    _show(found, notes, writes=isinstance(subject.task, AbstractWriter))
+    if plot is not None:
+        _draw(plot, found)
+    about = {
+        "model": subject.base,
+        "adapter": adapter,
+        "task": subject.task_name,
+        "files": [file.place for file in files],
+    }
+    return {**about, **found.to_dict(), "notes": notes}
 
 
 def _files(data: list[str]) -> tuple[list[Source], str | None]:
@@ -60,48 +89,28 @@ def _files(data: list[str]) -> tuple[list[Source], str | None]:
     return files, note
 
 
-def _scored(model: str | None, adapter: str | None, files: list[Source], settings: RunConfig, dtype: str) -> Score:
-    from veneer.adapters.model import PeftModel
-    from veneer.core.config import PeftConfig
-    from veneer.data.columns import parsed
-    from veneer.data.encode import check_trained
-    from veneer.evaluate.scoring import Score, score_encoded
-    from veneer.tasks import task as tasks
-    from veneer.tasks.loading import adapter_folder, load_config, load_model, tokenizer_for
-    from veneer.train.sets import Asked, Part, Reader, bad_rows
-
-    kind = tasks.get(settings.task)
-    folder = adapter_folder(adapter) if adapter is not None else None
-    if model is None:
-        assert folder is not None
-        model = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        if model is None:
-            raise UsageError(f"The adapter {str(folder)!r} does not say what its base is; give it as --model.")
-    columns = parsed(settings.columns) if settings.columns is not None else {}
-    tokenizer = tokenizer_for(model, [folder] if folder is not None else [])
-    tokenizer, notes = kind.prepare(Asked([Part("", None, files)], [], [], columns), tokenizer)
-    reader = Reader(settings, kind, columns, tokenizer, load_config(model))
-    read = reader.read(files)
-    encoded = read.store.set_of()
-    check_trained(encoded.report, reader.max_length)
-    loaded: Any = load_model(model, auto_class=kind.auto_class, dtype=dtype, quantize=settings.quantize)
-    if folder is not None:
-        loaded = PeftModel.from_pretrained(loaded, folder)
-    figures = score_encoded(loaded, tokenizer, encoded, kind, batch_size=settings.batch_size)
-    return Score(figures, encoded.report, (*notes, *bad_rows([read]), *reader.notes([read])))
-
-
-def _show(score: Score, notes: list[str]) -> None:
-    from veneer.report.tables import facts
+def _show(score: Score, notes: list[str], *, writes: bool) -> None:
+    from veneer.report.tables import facts, per_label_table
 
     data = score.data
     rows = {name.replace("_", " "): f"{value:.4f}" for name, value in score.metrics.items()}
-    rows["measured on"] = f"{data.examples:,} examples, {data.trained_tokens:,} of {data.tokens:,} tokens"
+    answers = f", {data.trained_tokens:,} of {data.tokens:,} tokens" if writes else ""
+    rows["measured on"] = f"{data.examples:,} examples{answers}"
     if data.truncated or data.left_out:
         rows["not measured"] = (
             f"{data.tokens_cut:,} tokens of {data.truncated:,} truncated examples, {data.left_out:,} examples left out"
         )
     screen = console()
     screen.print(facts(rows))
+    if score.details.get("per_label"):
+        screen.print(per_label_table(score.details["per_label"]))
     for note in notes:
         screen.print(f"note: {note}", style="yellow", markup=False)
+
+
+def _draw(path: Path, score: Score) -> None:
+    from veneer.report.confusion import confusion_plot
+
+    if "confusion" not in score.details:
+        raise UsageError("--plot draws which label was taken for which, and this task has no single label an example.")
+    confusion_plot(score.details["confusion"], path)

@@ -12,7 +12,7 @@ import typer
 from veneer.cli.output import console
 from veneer.core.config import field_docs
 from veneer.core.errors import UsageError
-from veneer.evaluate.sampling import Sampling
+from veneer.tasks.sampling import Sampling
 
 if TYPE_CHECKING:
     from veneer.adapters.model import PeftModel

@@ -27,6 +27,7 @@ from veneer.cli.generate import generate
 from veneer.cli.inspect import inspect_model
 from veneer.cli.merge import merge
 from veneer.cli.output import Outcome, console, for_humans, quiet_libraries, write_document
+from veneer.cli.predict import predict
 from veneer.cli.resize import resize
 from veneer.cli.runs import runs
 from veneer.cli.train import train
@@ -39,6 +40,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "data": data,
     "generate": generate,
     "eval": evaluate,
+    "predict": predict,
     "merge": merge,
     "extract": extract,
     "resize": resize,

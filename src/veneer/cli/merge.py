@@ -29,7 +29,6 @@ FULL = "full"
 """Merge into the base in full precision."""
 _INTO = (FULL, "dequantised", "requantised")
 _CONFIG, _RUN = "config.json", "run.yaml"
-_INPUT_CONFIGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def merge(
@@ -135,6 +134,17 @@ class _Job:
         return AUTO_CLASSES[TaskType(files.read(self.folders[0]).config.task_type or TaskType.CAUSAL_LM)]
 
     @property
+    def task_options(self) -> dict[str, Any]:
+        """What the adapters' task asks of the model: the number and names of its labels, and a head that they bring."""
+        from veneer.adapters import files
+        from veneer.tasks.kept import kept
+
+        found = kept(self.folders[0])
+        brought = [name for folder in self.folders for name in files.read(folder).config.modules_to_save or ()]
+        options = found[1].model_options() if found is not None else {}
+        return {**options, "elsewhere": lambda _: brought}
+
+    @property
     def exact(self) -> bool:
         """Whether the merged model differs by rounding to its dtype alone; layers of 8 bits round their inputs."""
         return self.into != "requantised" and self.quantisation != "int8"
@@ -147,7 +157,7 @@ class _Job:
 
         adapters = {name: files.read(folder) for name, folder in zip(self.names, self.folders, strict=True)}
         try:
-            empty = skeleton(self.model, auto_class=self.auto_class, dtype=self.dtype)
+            empty = skeleton(self.model, auto_class=self.auto_class, dtype=self.dtype, **self.task_options)
             return StreamingMerge(empty, adapters, shards(empty, weight_files(self.model)))
         except NotStreamableError as error:
             warnings.warn(f"{error} The whole model is loaded instead.", stacklevel=2)
@@ -159,17 +169,21 @@ class _Job:
 
         stored = load_config(self.model).to_dict().get("quantization_config")
         quantize = None if stored else self.quantisation
-        base = load_model(self.model, auto_class=self.auto_class, dtype=self.dtype, quantize=quantize)
+        options = {"dtype": self.dtype, "quantize": quantize, **self.task_options}
+        base = load_model(self.model, auto_class=self.auto_class, **options)
         adapted = with_adapters(base, self.folders, self.names)
         adapted.set_adapter(self.names, inference_mode=True)
         return adapted
 
     def copy_beside(self, folder: Path) -> None:
         """What else a model's folder holds: the tokenizer and how to prepare images and sound."""
-        from veneer.tasks.loading import model_folder
+        from veneer.tasks.kept import TASK_NAME
+        from veneer.tasks.loading import INPUT_CONFIGS, model_folder
 
         _copy_tokenizer([*self.folders, Path(self.model).expanduser()], self.model, folder)
-        for name in _INPUT_CONFIGS:
+        if (self.folders[0] / TASK_NAME).is_file():
+            shutil.copyfile(self.folders[0] / TASK_NAME, folder / TASK_NAME)
+        for name in INPUT_CONFIGS:
             if (model_folder(self.model) / name).is_file():
                 shutil.copyfile(model_folder(self.model) / name, folder / name)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from veneer.data.encode import EncodingReport
+    from veneer.tasks.task import AbstractTask
     from veneer.train.prepare import Plan
 
 
@@ -46,7 +47,9 @@ def train(
     if resume is not None and config is not None:
         raise UsageError("Both --resume and --config are given; a run goes on with its own config.")
 
+    from veneer.report.confusion import CONFUSION_NAME, confusion_plot
     from veneer.report.plots import loss_plot
+    from veneer.report.preview import samples
     from veneer.train import loop
     from veneer.train.resume import resumed
 
@@ -58,10 +61,13 @@ def train(
         resolved,
         on_ready=lambda plan: _show_plan(screen, plan),
         console=console(stderr=True),
+        draw=samples,
         resume=resume is not None,
     )
-    picture = loss_plot(result.folder)
-    _show_record(screen, result.record, picture)
+    pictures = [loss_plot(result.folder)]
+    if "confusion" in result.record.details:
+        pictures.append(confusion_plot(result.record.details["confusion"], result.folder / CONFUSION_NAME))
+    _show_record(screen, result.record, pictures)
     if result.record.interrupted:
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
     return result.record
@@ -74,8 +80,8 @@ def _show_plan(screen: Console, plan: Plan) -> None:
 
     trained = plan.trained
     rows = {
-        "training data": _counts(plan.train_set.report),
-        "held out": _counts(plan.held_out.report) if plan.held_out else "nothing",
+        "training data": _counts(plan.train_set.report, plan.task),
+        "held out": _counts(plan.held_out.report, plan.task) if plan.held_out else "nothing",
         "trainable parameters": f"{trained.trainable:,} of {trained.total:,} ({trained.trainable / trained.total:.2%})",
         "steps": f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch",
     }
@@ -85,8 +91,12 @@ def _show_plan(screen: Console, plan: Plan) -> None:
         screen.print(f"note: {note}", style="yellow", markup=False)
 
 
-def _counts(report: EncodingReport) -> str:
-    text = f"{report.examples:,} examples, {report.trained_tokens:,} of {report.tokens:,} tokens trained"
+def _counts(report: EncodingReport, task: AbstractTask) -> str:
+    from veneer.tasks.writing import AbstractWriter
+
+    text = f"{report.examples:,} examples"
+    if isinstance(task, AbstractWriter):
+        text += f", {report.trained_tokens:,} of {report.tokens:,} tokens trained"
     text += f", {report.truncated:,} truncated"
     if report.truncated:
         text += f" (by {report.tokens_cut:,} tokens)"
@@ -95,8 +105,8 @@ def _counts(report: EncodingReport) -> str:
     return text
 
 
-def _show_record(screen: Console, record: RunRecord, picture: Path) -> None:
-    from veneer.report.tables import facts
+def _show_record(screen: Console, record: RunRecord, pictures: list[Path]) -> None:
+    from veneer.report.tables import facts, per_label_table
 
     before, after = record.held_out_before, record.held_out_after
     rows: dict[str, str] = {"steps": f"{record.steps:,} of {record.planned_steps:,}"}
@@ -107,13 +117,20 @@ def _show_record(screen: Console, record: RunRecord, picture: Path) -> None:
         rows["held-out loss"] = (
             f"{before['loss']:.4f} before, " + (f"{after['loss']:.4f} after, " if after else "") + best
         )
+    for name in (after or {}).keys() - {"loss", "perplexity"}:
+        rows[f"held-out {name.replace('_', ' ')}"] = (
+            f"{(before or {}).get(name, float('nan')):.4f} before, {(after or {})[name]:.4f} after"
+        )
     rows["speed"] = f"{record.tokens_per_second:,.0f} tokens a second for {record.seconds:,.0f} s"
     rows["most memory"] = f"{record.peak_memory / 1e9:.2f} GB"
-    rows["saved"] = ", ".join(path for path in (record.best, record.last, str(picture)) if path)
+    rows["saved"] = ", ".join(path for path in (record.best, record.last, *map(str, pictures)) if path)
     screen.print(facts(rows))
+    if record.details.get("per_label"):
+        screen.print(per_label_table(record.details["per_label"]))
     if before and record.best_loss is not None and record.best_loss >= before["loss"]:
         screen.print("note: The held-out loss never fell below where it began.", style="yellow")
     if record.model and not record.interrupted:
         kept = record.best or record.last
         flags = f"--model {record.model} --adapter {kept}" if record.method == "lora" else f"--model {kept}"
-        screen.print(f'Next: veneer generate {flags} --prompt "..."', markup=False, soft_wrap=True)
+        verb, more = ("generate", '--prompt "..."') if record.task == "causal_lm" else ("predict", "--data ...")
+        screen.print(f"Next: veneer {verb} {flags} {more}", markup=False, soft_wrap=True)

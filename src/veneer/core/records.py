@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Role = Literal[
@@ -321,6 +321,8 @@ class RunRecord:
     """How the base was quantised: nf4, fp4 or int8; None in full precision."""
     parts: tuple[PartRecord, ...] = ()
     """The parts of the training data."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the task has to say of the last measurement beside its metrics, as a confusion matrix."""
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values."""

@@ -42,6 +42,9 @@ def collate(examples: Sequence[Encoded], *, pad_id: int, packed: bool = False) -
 
 
 def tokens(batch: Mapping[str, Tensor]) -> int:
-    """How many tokens a batch has, padding left out."""
+    """How many tokens a batch has, padding left out; of one without tokens, as of images, how many examples."""
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+    if mask is not None:
+        return int(mask.sum())
+    ids = batch.get("input_ids")
+    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))

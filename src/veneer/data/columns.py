@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from veneer.core.errors import ConfigError, DataError, listed, nearest
 from veneer.data.formats import COLUMNS
 from veneer.data.rows import Row
 
 
-def parsed(text: str) -> dict[str, str]:
+def parsed(text: str, known: Sequence[str] = COLUMNS) -> dict[str, str]:
     """From the name that is understood to the name that the data has.
 
     >>> parsed("instruction=question,output=answer")
     {'instruction': 'question', 'output': 'answer'}
 
     Raises:
-        ConfigError: it is not of that form, or a name that no example has.
+        ConfigError: it is not of that form, or a name that is not in ``known``.
     """
     found: dict[str, str] = {}
     for part in text.split(","):
         name, sign, column = (word.strip() for word in part.partition("="))
         if not (name and sign and column):
             raise ConfigError(f"columns is {text!r}; expected pairs as in instruction=question,output=answer.")
-        if name not in COLUMNS:
-            raise ConfigError(f"columns has {name!r}; expected one of: {listed(COLUMNS)}.{nearest(name, COLUMNS)}")
+        if name not in known:
+            raise ConfigError(f"columns has {name!r}; expected one of: {listed(known)}.{nearest(name, known)}")
         found[name] = column
     return found
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
+import json
 from array import array
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, final, overload
 
@@ -27,14 +28,17 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence of T tokens."""
+    """One training example, of T tokens where it has any."""
 
     origin: str
     """The row it comes from."""
     input_ids: list[int]
     """(T,) token ids."""
-    labels: list[int]
-    """(T,) the same ids where trained, ``IGNORED`` elsewhere. The first is never trained: nothing predicts it."""
+    labels: list[Any]
+    """What is to be learned. Of a language model, (T,) the same ids where trained, ``IGNORED`` elsewhere; the first is
+    never trained: nothing predicts it. Of other tasks, what they say; empty where nothing is known."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else a task keeps of it, as JSON; a file stands under "file", its content's hash under "sha256"."""
 
     @property
     def trained(self) -> int:
@@ -84,7 +88,12 @@ class EncodedSet:
         """A hash of all tokens and labels, in their order: equal for equal data, wherever it lies."""
         found = hashlib.sha256()
         for example in self.examples:
-            found.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+            found.update(array("q", [len(example.input_ids), *example.input_ids]).tobytes())
+            whole = all(isinstance(label, int) for label in example.labels)
+            found.update(array("q" if whole else "d", example.labels).tobytes())
+            if example.more:
+                content = {name: value for name, value in example.more.items() if name != "file"}
+                found.update(json.dumps(content, sort_keys=True).encode())
         return found.hexdigest()[:32]
 
     @functools.cached_property

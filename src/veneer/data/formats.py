@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from veneer.core.errors import DataError, listed, nearest
@@ -59,7 +59,24 @@ def kinds(rows: Iterable[Row]) -> Iterator[Kind]:
     """The kind of each row that is understood."""
     for row in rows:
         with contextlib.suppress(DataError):
-            yield _sample(row).kind
+            yield question(row)[0].kind
+
+
+def question(row: Row) -> tuple[Sample, str | None]:
+    """What comes before a row's last answer, and that answer, or None where the row has none.
+
+    Of a plain text all is the question.
+
+    Raises:
+        DataError: see ``recognise``; an answer may be missing.
+    """
+    missing = {"prompt": "completion", "instruction": "output"}
+    empty = {answer: "?" for asked, answer in missing.items() if asked in row.values and answer not in row.values}
+    sample = _sample(Row(row.origin, {**row.values, **empty}))
+    if not sample.messages or sample.messages[-1]["role"] != "assistant":
+        return sample, None
+    asked = replace(sample, messages=sample.messages[:-1])
+    return asked, None if empty else str(sample.messages[-1]["content"])
 
 
 def _sample(row: Row) -> Sample:

@@ -4,7 +4,9 @@ A store is a folder. ``index.json`` has the counts, the reasons against bad rows
 
 - ``input_ids.i4``, ``labels.i4``: the tokens and labels of all examples, one behind the other (int32);
 - ``origins.u1``: the names of the rows, one behind the other (UTF-8);
-- ``examples.i8``: for each example its row, the ends of its tokens and of its labels, and how many are trained (int64);
+- ``more.u1``: what else a task keeps of each example, one behind the other (JSON, mostly nothing);
+- ``examples.i8``: for each example its row, the ends of its tokens, of its labels and of what else there is, and how
+  many are trained (int64);
 - ``rows.i8``: for each row the end of its name, sequences cut, tokens lost by that, sequences left out and sequences
   dropped (int64).
 
@@ -29,14 +31,21 @@ from veneer.core.errors import DataError
 from veneer.data.encode import Encoded, EncodedSet, EncodingReport
 from veneer.data.rows import BadRow, Row
 
-FORMAT = 1
+FORMAT = 2
 MOST_REASONS = 1000
 """How many reasons against bad rows are kept; all are counted."""
 INDEX_NAME = "index.json"
 
-_COLUMNS = {"input_ids": "<i4", "labels": "<i4", "origins": "<u1", "examples": "<i8", "rows": "<i8"}
-_WIDTHS = {"examples": 4, "rows": 5}
-_ROW, _IDS_END, _LABELS_END, _TRAINED = range(4)
+_COLUMNS = {
+    "input_ids": "<i4",
+    "labels": "<i4",
+    "more": "<u1",
+    "origins": "<u1",
+    "examples": "<i8",
+    "rows": "<i8",
+}
+_WIDTHS = {"examples": 5, "rows": 5}
+_ROW, _IDS_END, _LABELS_END, _MORE_END, _TRAINED = range(5)
 _ORIGIN_END, _TRUNCATED, _CUT, _LEFT_OUT, _DROPPED = range(5)
 
 Outcome = tuple[Row, EncodedSet] | BadRow
@@ -56,8 +65,8 @@ class Chunk:
 def packed(outcomes: Iterable[Outcome]) -> Chunk:
     """What became of some rows, as arrays."""
     ids, labels = array("i"), array("i")
-    origins = bytearray()
-    examples: list[tuple[int, int, int, int]] = []
+    origins, more = bytearray(), bytearray()
+    examples: list[tuple[int, ...]] = []
     rows: list[tuple[int, ...]] = []
     bad = []
     for outcome in outcomes:
@@ -67,14 +76,19 @@ def packed(outcomes: Iterable[Outcome]) -> Chunk:
         row, found = outcome
         for example in found.examples:
             ids.extend(example.input_ids)
-            labels.extend(example.labels)
-            examples.append((len(rows), len(ids), len(labels), example.trained))
+            whole = all(isinstance(label, int) for label in example.labels)
+            labels.extend(example.labels if whole else ())
+            if example.more or not whole:
+                rest = [None if whole else list(example.labels), dict(example.more)]
+                more += json.dumps(rest).encode()
+            examples.append((len(rows), len(ids), len(labels), len(more), example.trained))
         origins += row.origin.encode("utf-8", "surrogateescape")
         report = found.report
         rows.append((len(origins), report.truncated, report.tokens_cut, report.left_out, report.dropped))
     columns = {
         "input_ids": np.array(ids, "<i4"),
         "labels": np.array(labels, "<i4"),
+        "more": np.frombuffer(bytes(more), "<u1"),
         "origins": np.frombuffer(bytes(origins), "<u1"),
         "examples": np.array(examples, "<i8").reshape(-1, _WIDTHS["examples"]),
         "rows": np.array(rows, "<i8").reshape(-1, _WIDTHS["rows"]),
@@ -98,7 +112,7 @@ def write_store(folder: Path, chunks: Iterable[Chunk]) -> None:
             bad += len(chunk.bad)
             reasons += chunk.bad[: MOST_REASONS - len(reasons)]
             columns = dict(chunk.columns)
-            shift = [counts["rows"], counts["input_ids"], counts["labels"], 0]
+            shift = [counts["rows"], counts["input_ids"], counts["labels"], counts["more"], 0]
             columns["examples"] = columns["examples"] + np.array(shift, "<i8")
             columns["rows"] = columns["rows"] + np.array([counts["origins"], 0, 0, 0, 0], "<i8")
             for name, column in columns.items():
@@ -142,7 +156,8 @@ class Store:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{folder} is no store of encoded examples: {error}.") from error
-        self.input_ids, self.labels, self.origins = (columns[n] for n in ("input_ids", "labels", "origins"))
+        self.input_ids, self.labels = columns["input_ids"], columns["labels"]
+        self.more, self.origins = columns["more"], columns["origins"]
         self.examples = columns["examples"].reshape(-1, _WIDTHS["examples"])
         self.rows = columns["rows"].reshape(-1, _WIDTHS["rows"])
         self.bad: int = index["bad"]
@@ -152,10 +167,13 @@ class Store:
 
     def example(self, at: int) -> Encoded:
         """One example."""
-        row, ids_end, labels_end, _ = map(int, self.examples[at])
-        ids_start, labels_start = map(int, self.examples[at - 1, [_IDS_END, _LABELS_END]]) if at else (0, 0)
-        ids, labels = self.input_ids[ids_start:ids_end], self.labels[labels_start:labels_end]
-        return Encoded(self.origin(row), ids.tolist(), labels.tolist())
+        ends = [_IDS_END, _LABELS_END, _MORE_END]
+        starts = map(int, self.examples[at - 1, ends] if at else (0, 0, 0))
+        spans = [slice(start, int(end)) for start, end in zip(starts, self.examples[at, ends], strict=True)]
+        ids, labels = self.input_ids[spans[0]].tolist(), self.labels[spans[1]].tolist()
+        rest = bytes(self.more[spans[2]])
+        others, more = json.loads(rest) if rest else (None, {})
+        return Encoded(self.origin(int(self.examples[at, _ROW])), ids, labels if others is None else others, more)
 
     def origin(self, row: int) -> str:
         """Where a row stands."""

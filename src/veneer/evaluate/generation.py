@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from veneer.core.errors import UsageError
-from veneer.evaluate.sampling import Sampling
+from veneer.tasks.sampling import Sampling
+from veneer.tasks.writing import choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +63,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | Non
     return {"input_ids": ids, "attention_mask": encoded.get("attention_mask", torch.ones_like(ids))}
 
 
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends an answer: those of the generation config and the tokenizer's own."""
-    configured = model.generation_config.eos_token_id
-    known = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in (*known, tokenizer.eos_token_id) if i is not None})
-
-
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -96,29 +90,22 @@ def answer(
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and length >= room:
         raise UsageError(f"The prompt has {length} tokens, and the model's context holds {room}; shorten the prompt.")
-    ends = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
-    # The model's own sampling defaults would only raise warnings beside a greedy search.
-    greedy = {} if drawn else {"temperature": None, "top_p": None, "top_k": None}
+    options = choices(model, tokenizer, sampling)
     torch.manual_seed(sampling.seed)
     model.eval()
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
             **given,
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=bool(drawn),
-            **drawn,
-            **greedy,
-            eos_token_id=ends or None,
-            pad_token_id=pad,
+            **options,
             streamer=None if on_text is None else _Stream(tokenizer, on_text),
         )
     start_of_answer = 0 if model.config.is_encoder_decoder else length
     ids = out[0, start_of_answer:].tolist()
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Answer(name, text, len(ids), time.perf_counter() - start, bool(ids) and ids[-1] in ends)
+    return Answer(
+        name, text, len(ids), time.perf_counter() - start, bool(ids) and ids[-1] in (options["eos_token_id"] or ())
+    )
 
 
 def answers(

@@ -1,21 +1,23 @@
-"""How well a model predicts a file: loss, perplexity and token accuracy, weighted by supervised tokens."""
+"""How well a model does on data: the loss and the metrics of its task, and how near its answers come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from veneer.core.errors import DataError, UsageError
 from veneer.data.encode import EncodedSet, EncodingReport, check_trained
-from veneer.data.sources import Row
-from veneer.tasks import task as tasks
-from veneer.tasks.task import AbstractTask, measure
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from veneer.data.rows import Row
+from veneer.evaluate.subject import Subject
+from veneer.tasks.sampling import Sampling
+from veneer.tasks.task import AbstractTask, Measured, measure
+from veneer.tasks.writing import AbstractWriter, write
+from veneer.train.config import RunConfig
+from veneer.train.sets import Asked, Reader, bad_rows
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Score:
     """The figures of a model on a data set."""
 
     metrics: dict[str, float]
-    """By name; ``loss`` is the mean over supervised tokens, in nats."""
+    """By name; ``loss`` is the mean over supervised units, in nats."""
+    details: dict[str, Any]
+    """What is no single number, as a confusion matrix."""
     data: EncodingReport
     """What was measured on, and what was cut or left out."""
     notes: tuple[str, ...]
@@ -31,35 +35,59 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics by name, the data's counts and the notes."""
-        return {**self.metrics, "data": asdict(self.data), "notes": list(self.notes)}
+        return {**self.metrics, **self.details, "data": asdict(self.data), "notes": list(self.notes)}
 
 
-def score(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    *,
-    task: str,
-    max_length: int,
-    train_on: str,
-    batch_size: int,
-) -> Score:
-    """Encode rows as training would, and measure a model on them, on the device that it is on.
+def score(subject: Subject, asked: Asked, settings: RunConfig) -> Score:
+    """Encode data as training would, and measure a model on it, on the device that it is on.
+
+    Args:
+        subject: the model with its task.
+        asked: the data.
+        settings: how to read it: ``max_length``, ``train_on``, ``batch_size``, ``on_bad_row``, ``workers``, ``cache``.
 
     Raises:
-        ConfigError: an unknown task.
-        DataError: rows that are not of this task, or nothing to measure.
+        DataError: a row that is not of the task, or nothing to measure.
     """
-    kind = tasks.get(task)
-    tokenizer, notes = kind.prepare(rows, tokenizer)
-    encoded = kind.encode(rows, tokenizer, max_length=max_length, train_on=train_on)
-    check_trained(encoded.report, max_length)
-    return Score(score_encoded(model, tokenizer, encoded, kind, batch_size=batch_size), encoded.report, tuple(notes))
+    processor, notes = subject.task.prepare(asked, subject.processor)
+    reader = Reader(settings, subject.task, asked.columns, processor, subject.model.config)
+    read = [reader.read(part.sources) for part in asked.parts]
+    encoded = read[0].store.set_of()
+    check_trained(encoded.report, reader.max_length)
+    found = score_encoded(subject.model, processor, encoded, subject.task, batch_size=settings.batch_size)
+    said = (*notes, *bad_rows(read), *reader.notes(read))
+    return Score(found.metrics, found.details, encoded.report, said)
 
 
 def score_encoded(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, encoded: EncodedSet, task: AbstractTask, *, batch_size: int
-) -> dict[str, float]:
-    """The metrics of a model on sequences. Without gradients or dropout; the model's mode is put back."""
+    model: nn.Module, processor: Any, encoded: EncodedSet, task: AbstractTask, *, batch_size: int
+) -> Measured:
+    """A model's figures on examples. Without gradients or dropout; the model's mode is put back."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return task.metrics(measure(task, model, encoded.examples, tokenizer, batch_size=batch_size, device=device))
+    return measure(task, model, encoded.examples, processor, batch_size=batch_size, device=device)
+
+
+def score_answers(
+    subject: Subject, rows: Iterable[Row], sampling: Sampling, settings: RunConfig
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The metrics of answers that are written token by token, and the answers beside those that are right.
+
+    Raises:
+        UsageError: the task writes none.
+        DataError: a row that is not of it, or that has no answer to compare with.
+    """
+    task = subject.task
+    if not isinstance(task, AbstractWriter):
+        raise UsageError("Answers are asked for, and models of this task write none; leave --answers out.")
+    known = list(rows)
+    processor, _ = task.prepare(known, subject.processor)
+    asked = task.ask(known, processor, max_length=subject.most(settings.max_length))
+    for example in asked:
+        if example.more["reference"] is None:
+            raise DataError(f"{example.origin} has no answer to compare with.")
+    written = write(task, subject.model, asked, processor, sampling, batch_size=settings.batch_size)
+    said = [
+        {"origin": example.origin, "text": one.text, "expected": example.more["reference"]}
+        for example, one in zip(asked, written, strict=True)
+    ]
+    return task.judge([one["text"] for one in said], [one["expected"] for one in said]), said

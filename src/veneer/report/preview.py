@@ -8,7 +8,9 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
+from veneer.report.tables import side_by_side
 from veneer.tasks.task import Piece
+from veneer.train.samples import Sample
 
 TRAINED = "bold green"
 CONTEXT = "dim"
@@ -33,6 +35,17 @@ def preview(pieces: Sequence[Piece], *, origin: str) -> Panel:
             text.append(_shown(piece.text), style=CONTEXT)
     legend = Text.assemble(("trained", TRAINED), ", ", ("only read", CONTEXT))
     return Panel(Group(text), title=Text(f"one example, {origin}"), subtitle=legend, title_align="left", padding=(0, 1))
+
+
+def samples(answers: Sequence[Sample]) -> Group:
+    """Prompts with what the model wrote before training, what it writes now, and the right answer."""
+    drawn = []
+    for one in answers:
+        columns = {"before": one.before, "now": one.now}
+        if one.reference is not None:
+            columns["expected"] = one.reference
+        drawn.append(side_by_side({name: _shown(text) for name, text in columns.items()}, prompt=_shown(one.asked)))
+    return Group(*drawn)
 
 
 def _shown(text: str) -> str:

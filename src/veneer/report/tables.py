@@ -129,6 +129,15 @@ def merge_table(report: MergeReport, output: str) -> Table:
     return facts({**rows, "written to": output})
 
 
+def per_label_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
+    """Precision, recall and F1 of each label, and how many examples have it."""
+    made = table("label", "precision", "recall", "F1", "examples", numbers=("precision", "recall", "F1", "examples"))
+    for name, row in figures.items():
+        shares = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
+        made.add_row(Text(name), *shares, f"{row['examples']:,.0f}")
+    return made
+
+
 def side_by_side(answers: Mapping[str, str], *, prompt: str | None = None) -> RenderableType:
     """Answers to one prompt in panels beside each other, in the given order."""
     made = Table(box=None, show_header=False, pad_edge=False, expand=True)

@@ -33,7 +33,8 @@ class _Auto(ABC):
 
         >>> model = AutoPeftModelForCausalLM.from_pretrained("path/to/adapter")
 
-        A tokenizer beside the adapter that has more tokens than the base model has embeddings lets these grow first.
+        Label names that veneer kept beside the adapter give the head its size. A tokenizer beside it that has more
+        tokens than the base model has embeddings lets these grow first.
 
         Args:
             pretrained_model_name_or_path: an adapter folder, or a hub name when online.
@@ -50,6 +51,7 @@ class _Auto(ABC):
         from veneer.adapters.model import PeftModel
         from veneer.core.config import PeftConfig
         from veneer.core.hub import WHERE
+        from veneer.tasks.kept import kept
         from veneer.tasks.loading import load_model, load_tokenizer
 
         where = {key: kwargs.pop(key) for key in WHERE if key in kwargs}
@@ -65,8 +67,12 @@ class _Auto(ABC):
         kwargs["dtype"] = str(kwargs.pop("torch_dtype", kwargs.get("dtype", "auto"))).removeprefix("torch.")
         if config.revision is not None:
             kwargs["revision"] = config.revision
-        model = load_model(base, auto_class=cls.auto_class or _class_for(config, base), **kwargs)
         folder = Path(pretrained_model_name_or_path) / (where.get("subfolder") or "")
+        found = kept(folder)
+        options = {**(found[1].model_options() if found is not None else {}), **kwargs}
+        brought = getattr(config, "modules_to_save", None) or ()
+        auto_class = cls.auto_class or _class_for(config, base)
+        model = load_model(base, auto_class=auto_class, elsewhere=lambda _: brought, **options)
         if (folder / "tokenizer_config.json").is_file():
             tokens = len(load_tokenizer(folder))
             if tokens > len(model.get_input_embeddings().weight):  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 """The precisions that a model can be loaded in; "auto" keeps the one that it was saved in."""
+INPUT_CONFIGS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""How a model wants images and sound prepared."""
 KEPT = ("best", "last")
 """The adapters that a run folder keeps, the one to use first."""
 
@@ -50,6 +52,7 @@ def load_model(
     auto_class: str = "AutoModelForCausalLM",
     dtype: str = "float32",
     quantize: str | None = None,
+    elsewhere: Callable[[PreTrainedModel], Collection[str]] = lambda model: (),
     **options: Any,
 ) -> PreTrainedModel:
     """A pretrained model from a local folder, from the hub's cache or, when online, from the hub.
@@ -59,6 +62,8 @@ def load_model(
         auto_class: the transformers auto class that gives the task its head.
         dtype: one of ``DTYPES``.
         quantize: one of ``quantise.Quantisation``, to store the linear layers in a few bits.
+        elsewhere: the ends of the names of modules whose weights an adapter brings or training makes; they need not
+            be there, or be of the same size.
         options: passed on to ``from_pretrained``, e.g. ``num_labels``.
 
     Raises:
@@ -83,6 +88,12 @@ def load_model(
         leave_file(model)
     # Before anybody calls it: what is measured before training must be what is trained.
     settle(quantised_slots(ModuleIndex(model)))
+    ends = tuple(elsewhere(model))
+    for kind in ("missing_keys", "mismatched_keys"):
+        report[kind] = {key for key in report[kind] if not _inside(key if isinstance(key, str) else key[0], ends)}
+    if ends:
+        # Where a head is exchanged, that of another task is left behind.
+        report["unexpected_keys"] = set()
     _check_report(str(name_or_path), model, report, whole=auto_class in _WHOLE_MODELS, options=options)
     return model
 
@@ -160,6 +171,42 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, **_SAFE)
 
 
+_PROCESSORS = {
+    "AutoModelForImageClassification": "AutoImageProcessor",
+    "AutoModelForSpeechSeq2Seq": "AutoProcessor",
+}
+"""The transformers class that prepares a model's inputs, where it is no tokenizer alone."""
+
+
+def load_processor(name_or_path: str | Path, auto_class: str) -> Any:
+    """What prepares the inputs of a model: its tokenizer, or what reads its images or sound.
+
+    Raises:
+        UsageError: no such model, or nothing of that kind beside it.
+    """
+    import transformers
+
+    kind = _PROCESSORS.get(auto_class)
+    if kind is None:
+        return load_tokenizer(name_or_path)
+    beside = Path(name_or_path).expanduser()
+    source = str(beside) if (beside / ADAPTER_CONFIG).is_file() else _source(name_or_path)
+    with _in_one_sentence(name_or_path, f"has no {kind.removeprefix('Auto')} that this transformers can read"):
+        return getattr(transformers, kind).from_pretrained(source, **_SAFE)
+
+
+def processor_for(model: str | Path, adapter: Path | None, auto_class: str) -> Any:
+    """What an adapter was trained with to prepare inputs, else what stands beside the base model.
+
+    Raises:
+        UsageError: nothing beside any of them.
+    """
+    if auto_class not in _PROCESSORS:
+        return tokenizer_for(model, [adapter] if adapter is not None else [])
+    own = adapter is not None and any((adapter / name).is_file() for name in INPUT_CONFIGS)
+    return load_processor(adapter if own and adapter is not None else model, auto_class)
+
+
 def tokenizer_for(model: str | Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase:
     """The tokenizer that adapters were trained with, and so its chat template, else the one beside the base model.
 
@@ -204,6 +251,12 @@ def adapter_folder(path: str | Path) -> Path:
         f"{str(path)!r} is neither a run folder nor an adapter folder: there is no {ADAPTER_CONFIG} in it, "
         f"in {KEPT[0]}/ or in {KEPT[1]}/."
     )
+
+
+def _inside(key: str, ends: tuple[str, ...]) -> bool:
+    """Whether a parameter lies in a module whose path ends so."""
+    parts = key.split(".")
+    return any(".".join(parts[:at]).endswith(ends) for at in range(1, len(parts)) if ends)
 
 
 _SAFE: dict[str, Any] = {"trust_remote_code": False}

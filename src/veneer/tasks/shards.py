@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SINGLE_NAME = "model.safetensors"
 
 
-def skeleton(name_or_path: str | Path, *, auto_class: str, dtype: str = "auto") -> PreTrainedModel:
+def skeleton(name_or_path: str | Path, *, auto_class: str, dtype: str = "auto", **options: Any) -> PreTrainedModel:
     """A pretrained model on the meta device, checked against its weight files as if it had been loaded.
 
     Every parameter has the dtype that it would be loaded in; parameters that are tied are one.
@@ -30,6 +30,7 @@ def skeleton(name_or_path: str | Path, *, auto_class: str, dtype: str = "auto") 
         name_or_path: as for ``load_model``.
         auto_class: the transformers auto class that gives the task its head.
         dtype: as for ``load_model``.
+        options: as for ``load_model``.
 
     Raises:
         UsageError: see ``load_model``.
@@ -40,7 +41,7 @@ def skeleton(name_or_path: str | Path, *, auto_class: str, dtype: str = "auto") 
         raise NotStreamableError("the weights are quantised")
     if getattr(config, "transformers_weights", None) is not None:
         raise NotStreamableError("the config names weight files of its own")
-    model = load_model(name_or_path, auto_class=auto_class, dtype=dtype, device_map="meta")
+    model = load_model(name_or_path, auto_class=auto_class, dtype=dtype, device_map="meta", **options)
     if model._weight_conversions:
         raise NotStreamableError(f"transformers converts the tensors of a {type(model).__name__} when it loads one")
     return model

@@ -1,12 +1,12 @@
 """What a task is: everything that training and evaluation ask about the kind of data and its loss.
 
-Shape legend: B sequences, T tokens.
+Shape legend: B examples, T tokens.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,15 +17,26 @@ from veneer.core import registry
 from veneer.core.errors import ConfigError, nearest
 from veneer.core.task_type import TaskType
 from veneer.data.encode import Encoded, EncodedSet, Truncation
-from veneer.data.sources import Row
+from veneer.data.rows import Row
+from veneer.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_POSITIONS_AFTER_PADDING = frozenset(
+    {*("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm"), "mpnet"}
+)
+
+Goals = Mapping[str, Literal["min", "max"]]
+"""From each metric to whether it is to be small or large."""
+
+Prediction = dict[str, Any]
+"""What a model says of one example, as it is written to a file of JSON lines."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over supervised units (tokens, for language), so that batches of any size add up exactly."""
+    """Sums over supervised units (tokens for language, examples for classes), so that batches add up exactly."""
 
     loss: float = 0.0
     """The sum of the units' losses, in nats."""
@@ -46,6 +57,8 @@ class BatchLoss:
     """The sum of the units' losses, a scalar with a graph behind it."""
     tally: Tally
     """The same as numbers."""
+    outputs: Any = None
+    """What the model gave, for ``AbstractTask.read``; None where predictions are not made of it."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +70,23 @@ class Piece:
     """Whether its tokens are trained."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model does on a set of examples."""
+
+    tally: Tally
+    metrics: dict[str, float]
+    """By name, ``loss`` (mean over units) among them."""
+    details: dict[str, Any]
+    """What is no single number, as a confusion matrix."""
+
+
 class AbstractTask(ABC):
-    """A kind of task. A file ``tasks/<name>.py`` defines the final class ``Task``; it holds no state."""
+    """A kind of task. A file ``tasks/<name>.py`` defines the final class ``Task``, made without arguments.
+
+    What a task learns from its training data (the names of labels) is in the one that ``fitted`` returns; it goes
+    with the weights (``to_dict``, ``restored``).
+    """
 
     auto_class: ClassVar[str]
     """The transformers auto class that loads a model with the right head."""
@@ -66,14 +94,62 @@ class AbstractTask(ABC):
     """What the adapter's config says the model is for."""
     packs: ClassVar[bool]
     """Whether its examples can be laid end to end."""
-    goals: ClassVar[Mapping[str, Literal["min", "max"]]]
-    """From each metric to whether it is to be small or large."""
+    columns: ClassVar[tuple[str, ...]]
+    """Every column that is understood."""
+    keeps: ClassVar[bool] = True
+    """Whether a row says all that becomes of it, so that encoded data may be kept; not where it names a file."""
+
+    @property
+    @abstractmethod
+    def goals(self) -> Goals:
+        """The metrics there are; known once the task is fitted."""
 
     @abstractmethod
-    def prepare(
-        self, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-        """The tokenizer to encode these rows with, and sentences on what had to be done to it.
+    def fitted(self, rows: Iterable[Row], options: TaskOptions, config: PretrainedConfig | None) -> AbstractTask:
+        """The task as these training rows, a run's options and the model's config, if there is one, make it.
+
+        Rows may be more than memory holds; they are gone through once.
+
+        Raises:
+            ConfigError: an option that has no meaning for the task.
+            DataError: rows from which it cannot be told.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """What was fitted, as JSON."""
+
+    @abstractmethod
+    def restored(self, values: Mapping[str, Any]) -> AbstractTask:
+        """The task of what ``to_dict`` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+
+    @abstractmethod
+    def described(self, config: PretrainedConfig) -> AbstractTask:
+        """The task as the config of a model describes it that was trained elsewhere.
+
+        Raises:
+            ConfigError: the config does not say enough.
+        """
+
+    @abstractmethod
+    def model_options(self) -> dict[str, Any]:
+        """What to hand to ``from_pretrained`` beside the name: the number and names of labels, for instance."""
+
+    @abstractmethod
+    def check(self, row: Row, *, labelled: bool = True) -> None:
+        """Whether a row is of this task; with ``labelled`` false, what is to be told of it may be missing.
+
+        Raises:
+            DataError: it is not; the row is named.
+        """
+
+    @abstractmethod
+    def prepare(self, rows: Iterable[Row], processor: Any) -> tuple[Any, list[str]]:
+        """The tokenizer or processor to encode these rows with, and sentences on what had to be done to it.
 
         Rows may be more than memory holds: they are to be gone through, as often as need be, not kept. Bad ones among
         them are to be passed over; ``encode`` refuses them.
@@ -83,22 +159,23 @@ class AbstractTask(ABC):
     def encode(
         self,
         rows: Sequence[Row],
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Any,
         *,
         max_length: int,
         train_on: str,
         truncate: Truncation = "end",
+        labelled: bool = True,
     ) -> EncodedSet:
-        """Rows as sequences with labels; what becomes of a row does not depend on the others.
+        """Rows as sequences with labels; without, when they are only to be predicted.
+
+        What becomes of a row does not depend on the others.
 
         Raises:
             DataError: a row that is not of this task, or cannot be encoded.
         """
 
     @abstractmethod
-    def collate(
-        self, examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, *, packed: bool = False
-    ) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Encoded], processor: Any, *, packed: bool = False) -> dict[str, Tensor]:
         """One batch of tensors, each (B, T) or (B,); ``packed`` lays the examples end to end, where ``packs``."""
 
     @abstractmethod
@@ -110,17 +187,76 @@ class AbstractTask(ABC):
         """Run the model on a batch and sum the loss over its units."""
 
     @abstractmethod
-    def metrics(self, tally: Tally) -> dict[str, float]:
-        """Named figures of a whole set, ``loss`` (mean over units, in nats) among them."""
+    def read(self, outputs: Any, examples: Sequence[Encoded], processor: Any) -> list[Prediction]:
+        """The predictions in a model's outputs for a batch; none where they are written token by token."""
 
     @abstractmethod
-    def preview(self, example: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    def metrics(self, tally: Tally, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
+        """Named figures of a whole set, ``loss`` (mean over units, in nats) among them: those of ``goals``."""
+
+    @abstractmethod
+    def details(self, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, Any]:
+        """What else there is to say of a whole set, as JSON."""
+
+    @abstractmethod
+    def preview(self, example: Encoded, processor: Any) -> list[Piece]:
         """The text of an example in stretches that are trained or not."""
+
+    def processor(self, name_or_path: str) -> Any:
+        """The tokenizer or processor that stands beside a model.
+
+        Raises:
+            UsageError: there is none.
+        """
+        from veneer.tasks.loading import load_processor
+
+        return load_processor(name_or_path, self.auto_class)
+
+    def model(
+        self,
+        name_or_path: str,
+        *,
+        dtype: str = "float32",
+        quantize: str | None = None,
+        brought: Collection[str] | None = None,
+    ) -> PreTrainedModel:
+        """A pretrained model with this task's head.
+
+        Args:
+            name_or_path: a folder or hub name.
+            dtype: the precision to load it in.
+            quantize: how to store its linear layers.
+            brought: the modules that an adapter will bring; None is for training, which makes a head that is not
+                there, or that was for other labels.
+
+        Raises:
+            ConfigError: the model has a head for the same labels in another order.
+            UsageError: no such model, or one that has no such head.
+        """
+        from veneer.tasks.heads import check_order, head_paths, renewed
+        from veneer.tasks.loading import load_config, load_model
+
+        options = self.model_options()
+        names, before = list(options.get("id2label", {}).values()), load_config(name_or_path)
+        if names and brought is None:
+            check_order(before, names)
+        model = load_model(
+            name_or_path,
+            auto_class=self.auto_class,
+            dtype=dtype,
+            quantize=quantize,
+            elsewhere=lambda loaded: head_paths(loaded) if brought is None else brought,
+            **options,
+        )
+        if names and brought is None:
+            renewed(model, before, names)
+        return model
 
 
 def names() -> tuple[str, ...]:
     """The keys of all tasks, sorted: the files in this room that are named for a ``TaskType``."""
-    return tuple(name for name in registry.names("tasks") if name.upper() in TaskType.__members__)
+    known = {member.lower().replace("_2_", "2") for member in TaskType.__members__}
+    return tuple(name for name in registry.names("tasks") if name in known)
 
 
 def get(name: str) -> AbstractTask:
@@ -137,8 +273,12 @@ def get(name: str) -> AbstractTask:
 
 def longest_input(model_config: Any) -> int | None:
     """The most tokens that a transformers model takes, where its config says so."""
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    text = model_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # These count positions from behind the padding token's id.
+    return limit - text.pad_token_id - 1 if text.model_type in _POSITIONS_AFTER_PADDING else limit
 
 
 def vocabulary(model_config: Any) -> int | None:
@@ -151,36 +291,71 @@ def measure(
     task: AbstractTask,
     model: nn.Module,
     examples: Sequence[Encoded],
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     *,
     batch_size: int,
     device: torch.device | str,
     packed: bool = False,
     on_share: Callable[[float], object] = lambda share: None,
-) -> Tally:
-    """The tally of a set of examples, without gradients and without dropout; the model's mode is put back.
+) -> Measured:
+    """A model's figures on a set of examples, without gradients and without dropout; its mode is put back.
 
     Examples of similar length share a batch, end to end when ``packed``; the figures do not depend on how they are
     batched. ``on_share`` is told the share of the examples that is done, after each batch.
     """
+    total = Tally()
+    seen: list[Encoded] = []
+    predictions: list[Prediction] = []
+    done = 0
+    for places, result in _passed(task, model, examples, processor, batch_size, device, packed):
+        group = [examples[at] for at in places]
+        total += result.tally
+        read = task.read(result.outputs, group, processor)
+        predictions += read
+        # What is only counted is not kept: it may be more than memory holds.
+        seen += group if read else []
+        done += len(group)
+        on_share(done / len(examples))
+    return Measured(total, task.metrics(total, predictions, seen), task.details(predictions, seen))
+
+
+def predict(
+    task: AbstractTask,
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    processor: Any,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    on_share: Callable[[float], object] = lambda share: None,
+) -> list[Prediction]:
+    """What a model says of each example, in their order."""
+    found: dict[int, Prediction] = {}
+    for places, result in _passed(task, model, examples, processor, batch_size, device, packed=False):
+        found.update(zip(places, task.read(result.outputs, [examples[at] for at in places], processor), strict=True))
+        on_share(len(found) / len(examples))
+    return [found[at] for at in range(len(examples))]
+
+
+def _passed(
+    task: AbstractTask,
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    processor: Any,
+    batch_size: int,
+    device: torch.device | str,
+    packed: bool,
+) -> Iterator[tuple[list[int], BatchLoss]]:
+    """Every example through the model once, those of similar length together: their places, and what came of them."""
     was_training = model.training
     model.eval()
-    total = Tally()
-    done = 0
     try:
         with torch.no_grad():
-            for group in _by_length(examples, batch_size):
-                batch = task.collate(group, tokenizer, packed=packed)
-                total += task.loss(model, {key: value.to(device) for key, value in batch.items()}).tally
-                done += len(group)
-                on_share(done / len(examples))
+            # By their places: the examples themselves may be more than memory holds.
+            order = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                batch = task.collate([examples[at] for at in places], processor, packed=packed)
+                yield places, task.loss(model, {key: value.to(device) for key, value in batch.items()})
     finally:
         model.train(was_training)
-    return total
-
-
-def _by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[Encoded]]:
-    # By their places: the examples themselves may be more than memory holds.
-    ordered = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
-    for start in range(0, len(ordered), batch_size):
-        yield [examples[at] for at in ordered[start : start + batch_size]]

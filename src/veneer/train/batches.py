@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
 import torch
 
 from veneer.data.batching import Micro
-from veneer.data.encode import IGNORED
 from veneer.train.prepare import Plan
 
 
@@ -24,7 +22,8 @@ def batches_from(plan: Plan, start: int, *, process: int, device: torch.device) 
         device: where the tensors go.
 
     Yields:
-        What the task collates, with ``origins``, the list of its rows.
+        What the task collates, with ``origins``, the list of its rows, and ``counts``, false for one that a process
+        only goes along with.
     """
     per_pass = plan.batching.steps_per_pass
     for number in count(start // per_pass):
@@ -43,14 +42,11 @@ def largest(plan: Plan, *, process: int, device: torch.device) -> dict[str, Any]
 
     micros = (micro for step in plan.batching.steps(0) for micro in step[process])
     batch = _batch(plan, max(micros, key=tokens), device)
-    del batch["origins"]
-    return batch
+    return {key: value for key, value in batch.items() if key not in ("origins", "counts")}
 
 
 def _batch(plan: Plan, micro: Micro, device: torch.device) -> dict[str, Any]:
     examples = [plan.train_set.examples[index] for index in micro.indices]
-    if not micro.counts:
-        examples = [replace(example, labels=[IGNORED] * len(example.labels)) for example in examples]
     batch = plan.task.collate(examples, plan.tokenizer, packed=plan.batching.packed)
     placed = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    return {**placed, "origins": [example.origin for example in examples]}
+    return {**placed, "origins": [example.origin for example in examples], "counts": micro.counts}

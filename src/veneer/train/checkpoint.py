@@ -7,16 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import DiskError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from veneer.tasks.kept import TASK_NAME
 
 BEST = "best"
 LAST = "last"
@@ -24,19 +22,21 @@ LAST = "last"
 
 def save(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     folder: Path,
     *,
     figures: Mapping[str, str],
+    task: str,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model into a folder of its own; an older one in its place is replaced only by a whole new one.
 
     Args:
         model: an adapted model, of which the adapter is written, or a transformers model, which is written whole.
-        tokenizer: saved beside it, chat template included.
+        tokenizer: the tokenizer or processor, saved beside it, chat template included.
         folder: where it will stand, e.g. ``run/best``.
         figures: lines for the adapter's model card.
+        task: the text of ``task.json``.
         state_dict: the tensors of a model that is split over processes, put together.
 
     Raises:
@@ -46,6 +46,7 @@ def save(
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         _write(model, tokenizer, beside, figures, state_dict)
+        (beside / TASK_NAME).write_text(task, encoding="utf-8")
         if folder.exists():
             os.replace(folder, old)
         os.replace(beside, folder)
@@ -63,7 +64,7 @@ def save(
 
 def _write(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     folder: Path,
     figures: Mapping[str, str],
     state_dict: Mapping[str, Tensor] | None,

@@ -17,8 +17,11 @@ from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
 from veneer.data.encode import Truncation
 from veneer.data.mixture import weighed
+from veneer.tasks.options import Problem, TaskOptions
 from veneer.tasks.quantise import Quantisation
 from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
+
+_TASK = TaskOptions()
 
 Method = Literal["lora", "full", "head"]
 
@@ -88,8 +91,20 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """The run folder to write; it must not exist, or be empty."""
     task: str = "causal_lm"
     """The kind of task."""
+    labels: str | None = _TASK.labels
+    """The names of the labels in their order, as in negative,positive; without it, those of the training data."""
+    problem: Problem = _TASK.problem
+    """What is told of a text or image: one label, several, or a number; auto goes by the training data."""
+    class_weights: str | None = _TASK.class_weights
+    """How much each label counts: balanced (rare ones more), or as in spam=5,other=1."""
     method: Method = "lora"
     """What is trained: a low-rank adapter, the full model, or its output head alone."""
+    prefix: str | None = _TASK.prefix
+    """Text to put before every source, as T5 wants; of translation and seq2seq_lm."""
+    languages: str | None = _TASK.languages
+    """From which language to which, as in en-de: the names that the data or the tokenizer has for them."""
+    judge_by: str | None = _TASK.judge_by
+    """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training data; parts of one count too."""
     max_steps: int | None = Field(None, ge=1)
@@ -143,6 +158,10 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Steps between two lines of the log."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between two measurements on the held-out data; without it, one after each epoch."""
+    samples: int = Field(0, ge=0)
+    """Held-out prompts to answer at each measurement, shown beside the answers of the untrained model."""
+    sample_tokens: int = Field(64, ge=1)
+    """The most tokens of each of these answers."""
     best_metric: str = "loss"
     """The held-out metric that says which weights are the best."""
     min_delta: float = Field(0.0, ge=0)

@@ -17,7 +17,7 @@ from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.data.collate import tokens
 from veneer.engine.head import is_split
 from veneer.optimizers import second_factors
-from veneer.tasks.task import Tally
+from veneer.tasks.task import BatchLoss, Tally
 from veneer.train.config import RunConfig
 from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan
@@ -72,7 +72,8 @@ class Learner:
         """One optimiser step over a group of micro-batches.
 
         Args:
-            group: micro-batches with ``origins``, the names of their rows.
+            group: micro-batches with ``origins``, the names of their rows, and ``counts``: false for one that a
+                process only goes along with.
             step: its number, counted from 1.
             explodes: whether a step of this mean loss must not be taken.
 
@@ -81,14 +82,17 @@ class Learner:
         """
         task, accelerator = self.plan.task, self.accelerator
         origins = [batch["origins"] for batch in group]
-        batches = [{key: value for key, value in batch.items() if key != "origins"} for batch in group]
-        units = self._summed(sum(task.units(batch) for batch in batches))
+        counts = [batch["counts"] for batch in group]
+        batches = [{key: value for key, value in batch.items() if key not in ("origins", "counts")} for batch in group]
+        units = self._summed(sum(task.units(batch) for batch, it in zip(batches, counts, strict=True) if it))
         total = Tally()
         broken: tuple[float, list[str]] | None = None
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.shared):
                 result = task.loss(self.model, batch)
+                if not counts[number]:
+                    result = BatchLoss(result.total * 0, Tally())
                 if broken is None and not math.isfinite(result.tally.loss):
                     broken = result.tally.loss, origins[number]
                 # Processes average their gradients; the sum over all of them is wanted.

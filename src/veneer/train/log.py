@@ -19,7 +19,7 @@ from veneer.train.surroundings import surroundings
 from veneer.train.trackers import TENSORBOARD, Trackers
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 LOG_NAME = "log.jsonl"
 
@@ -55,6 +55,10 @@ class RunLog:
             last = json.loads(self.path.read_text(encoding="utf-8").splitlines()[-1])
             self.began -= last["seconds"]
         self.write("resume", **values, **surroundings())
+
+    def events(self) -> list[dict[str, Any]]:
+        """What is in the log by now."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event with the seconds since the run began; a number that is not finite is written as null.
@@ -140,6 +144,11 @@ class ProgressBar:
         """A line above the bar."""
         if not self.bar.disable:
             self.bar.console.print(text, markup=False)
+
+    def show(self, rendered: RenderableType) -> None:
+        """Something drawn above the bar."""
+        if not self.bar.disable:
+            self.bar.console.print(rendered)
 
     def training(self) -> None:
         """Let the second bar count the steps of the pass at hand."""

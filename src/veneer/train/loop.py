@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -16,10 +16,12 @@ from veneer.core.disk import write_text
 from veneer.core.errors import TrainingError
 from veneer.core.records import RunRecord
 from veneer.engine.allocator import keep_freed_memory
+from veneer.tasks.kept import text
 from veneer.tasks.task import Tally, measure
 from veneer.train import checkpoint, state
 from veneer.train.arithmetic import settled
 from veneer.train.batches import batches_from
+from veneer.train.card import figures
 from veneer.train.config import RunConfig
 from veneer.train.interrupt import Interrupt
 from veneer.train.learner import Learner
@@ -28,14 +30,14 @@ from veneer.train.prepare import Plan, prepare
 from veneer.train.processes import joined
 from veneer.train.progress import Progress
 from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, picked_up, rewind
+from veneer.train.samples import Sample, Samples, goals, plain
 from veneer.train.savings import saving
-from veneer.train.sets import data_name
 from veneer.train.strategy import check_model
 from veneer.train.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -62,6 +64,7 @@ def train(
     eval_rows: Iterable[Mapping[str, Any]] | None = None,
     on_ready: Callable[[Plan], None] | None = None,
     console: Console | None = None,
+    draw: Callable[[Sequence[Sample]], RenderableType] | None = None,
     resume: bool = False,
 ) -> RunResult:
     """Run one training from config to run folder.
@@ -80,6 +83,7 @@ def train(
         eval_rows: held-out examples.
         on_ready: called before the first step with all that is known by then.
         console: where to draw a progress bar; None draws none.
+        draw: how to show the answers of ``config.samples`` there.
         resume: go on with the run that was stopped in ``config.output`` (see ``resume.resumed``), to the same weights.
 
     Raises:
@@ -105,14 +109,20 @@ def train(
         on_ready(plan)
     # A slower process must have found the folder empty before the first one writes into it.
     accelerator.wait_for_everyone()
-    return Loop(plan, accelerator, saved).run(console)
+    return Loop(plan, accelerator, saved, draw).run(console)
 
 
 @final
 class Loop:
     """One run on its way."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, saved: state.Saved | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        accelerator: Accelerator,
+        saved: state.Saved | None = None,
+        draw: Callable[[Sequence[Sample]], RenderableType] | None = None,
+    ) -> None:
         self.plan = plan
         self.config = plan.config
         self.accelerator = accelerator
@@ -126,6 +136,9 @@ class Loop:
         self.progress = Progress.of(plan.steps)
         self.stepping = False
         self.saved_last = False
+        self.details: dict[str, Any] = {}
+        self.samples = Samples(plan) if plan.asked else None
+        self.draw = draw
 
     def run(self, console: Console | None) -> RunResult:
         """All steps, with the measurements around them."""
@@ -164,6 +177,8 @@ class Loop:
         write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
         rewind(self.folder, self.saved.values["progress"]["log_bytes"] if self.saved else 0)
         if self.saved is not None:
+            if self.samples is not None:
+                self.samples.goes_on_from(self.log.events())
             self.log.resume(step=self.saved.step, notes=list(self.plan.notes))
             return
         held_out = self.plan.held_out
@@ -251,7 +266,7 @@ class Loop:
         metrics = self._measure()
         if metrics is None:
             return
-        lower = self.plan.task.goals[self.config.best_metric] == "min"
+        lower = goals(self.plan.task, self.config.samples)[self.config.best_metric] == "min"
         if self.progress.judge(metrics, self.config, lower=lower):
             self._save(checkpoint.BEST)
 
@@ -260,7 +275,7 @@ class Loop:
         held_out = self.plan.held_out
         if held_out is None:
             return None
-        tally = measure(
+        measured = measure(
             self.plan.task,
             self.model,
             held_out.examples,
@@ -270,12 +285,23 @@ class Loop:
             packed=self.plan.batching.packed,
             on_share=self._on_share,
         )
-        metrics = self.plan.task.metrics(tally)
+        metrics = {**measured.metrics, **self._sampled()}
+        self.details = measured.details
         self._write("eval", step=self.progress.step, **metrics)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.bar.note(f"step {self.progress.step}, held out: {shown}")
         self.bar.training()
         return metrics
+
+    def _sampled(self) -> dict[str, float]:
+        """The metrics of answers to some held-out prompts, which are logged and shown."""
+        if self.samples is None:
+            return {}
+        found, judged = self.samples.take(self.bare, self._on_share)
+        self._write("samples", step=self.progress.step, samples=plain(found))
+        if self.draw is not None:
+            self.bar.show(self.draw(found))
+        return judged
 
     def _on_share(self, share: float) -> None:
         # Alone: processes measure the same, but not at the same pace.
@@ -319,22 +345,14 @@ class Loop:
         self.accelerator.wait_for_everyone()
         tensors = self.learner.saved_state()
         if self.accelerator.is_main_process:
-            place, figures = self.folder / name, self._figures()
-            checkpoint.save(self.learner.bare, self.plan.tokenizer, place, figures=figures, state_dict=tensors)
-
-    def _figures(self) -> dict[str, str]:
-        config, progress = self.config, self.progress
-        size = f"{config.batch_size * config.accumulation * self.accelerator.num_processes} examples a step"
-        rate = f"learning rate {config.learning_rate:g} ({config.schedule})"
-        figures = {"steps": f"{progress.step} of {self.plan.steps}", "training data": self._data_name()}
-        figures["trained with"] = f"{config.optimizer}, {rate}, {size}, {config.precision}, seed {config.seed}"
-        if progress.before and progress.after:
-            figures["held-out loss"] = f"{progress.before['loss']:.4f} before, {progress.after['loss']:.4f} after"
-        return figures
-
-    def _data_name(self) -> str:
-        report = self.plan.train_set.report
-        return f"{data_name(self.config.data)}, {report.examples:,} examples, {report.trained_tokens:,} trained tokens"
+            checkpoint.save(
+                self.learner.bare,
+                self.plan.tokenizer,
+                self.folder / name,
+                figures=figures(self.plan, self.progress, self.accelerator.num_processes),
+                task=text(self.config.task, self.plan.task),
+                state_dict=tensors,
+            )
 
     def _record(self, interrupted: bool) -> RunRecord:
         progress, held_out = self.progress, self.plan.held_out
@@ -363,4 +381,5 @@ class Loop:
             notes=self.plan.notes,
             quantize=self.config.quantize,
             parts=self.plan.parts,
+            details=self.details if progress.measured_at == progress.step else {},
         )

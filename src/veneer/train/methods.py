@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from veneer.adapters.model import PeftModel, get_peft_model
 from veneer.core.errors import ConfigError
 from veneer.core.task_type import TaskType
 from veneer.engine import checkpointing, room
+from veneer.tasks import heads
 from veneer.train.config import RunConfig
 from veneer.train.starts import Gather
 
@@ -56,8 +57,7 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType, gat
     if config.method == "full":
         model.requires_grad_(True)
     else:
-        model.requires_grad_(False)
-        notes += _free_head(model)
+        notes += heads.free(model)
     narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if narrow:
         notes.append(
@@ -103,26 +103,3 @@ def _storage(adapted: PeftModel) -> tuple[str, ...]:
         return ()
     size = bytes_per_weight(slots)
     return (f"{len(slots)} layers of the base are quantised and take {size:.3f} bytes a weight.",)
-
-
-def _free_head(model: PreTrainedModel) -> list[str]:
-    """Make the output head learn, on a weight of its own.
-
-    Raises:
-        ConfigError: the model has no output head.
-    """
-    head: Any = model.get_output_embeddings()
-    if head is None:
-        raise ConfigError(f"{type(model).__name__} has no output head, so method=head has nothing to train.")
-    notes = []
-    shared = model.get_input_embeddings().weight
-    if head.weight is shared:
-        head.weight = nn.Parameter(shared.detach().clone())
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
-        notes.append(
-            "The output head shared its weight with the embeddings; it is untied, so the saved model is larger."
-        )
-    head.requires_grad_(True)
-    return notes

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.budget import set_total_step
 from veneer.adapters.model import PeftModel
-from veneer.core.errors import ConfigError, UsageError, listed, nearest
+from veneer.core.errors import ConfigError, DataError, UsageError, listed, nearest
 from veneer.core.records import PartRecord
 from veneer.data.batching import Batching, padding
 from veneer.data.encode import Encoded, EncodedSet
+from veneer.data.rows import Row
 from veneer.engine.accelerate import Acceleration, accelerate
 from veneer.tasks import task as tasks
-from veneer.tasks.task import AbstractTask, Piece
+from veneer.tasks.options import TaskOptions
+from veneer.tasks.task import AbstractTask, Piece, longest_input
 from veneer.train.config import RunConfig
 from veneer.train.methods import Trained, prepared
 from veneer.train.optimisers import check_installed, remarks
+from veneer.train.samples import goals, prompts
 from veneer.train.sets import Sets, asked_for, both_sets
 from veneer.train.starts import gathering
 from veneer.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MAX_TOKENS = {"cpu": 1024, "other": 8192}
 """Tokens at once when a run does not say: a GPU is idle with few, and the caches of a CPU are small."""
@@ -37,7 +41,7 @@ class Plan:
 
     config: RunConfig
     task: AbstractTask
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     train_set: EncodedSet
     held_out: EncodedSet | None
     trained: Trained
@@ -49,6 +53,8 @@ class Plan:
     """What was done to the model to train it faster; to be undone after the run."""
     steps: int
     """Optimiser steps of the whole run."""
+    asked: Sequence[Encoded] = ()
+    """Held-out prompts that are answered at each measurement."""
     parts: tuple[PartRecord, ...] = ()
     """What the training data is made of."""
 
@@ -71,7 +77,7 @@ def prepare(
     config: RunConfig,
     *,
     model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     train_rows: Iterable[Mapping[str, Any]] | None,
     eval_rows: Iterable[Mapping[str, Any]] | None,
     processes: int,
@@ -85,23 +91,24 @@ def prepare(
     """
     from accelerate import PartialState
 
-    from veneer.tasks.loading import load_config, load_tokenizer
+    from veneer.tasks.loading import load_config
 
     task = tasks.get(config.task)
     if not resume:
         check_free(Path(config.output).expanduser())
-    _check_metric(config, task)
     check_trackers(config)
     check_installed(config.optimizer)
     if config.model is None and (model is None or tokenizer is None):
         raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
-    asked = asked_for(config, train_rows, eval_rows)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(config.model))
+    asked = asked_for(config, task, train_rows, eval_rows)
+    model_config = load_config(str(config.model)) if model is None else model.config
+    task = fitted(task, asked, config, model_config)
+    tokenizer = tokenizer if tokenizer is not None else task.processor(str(config.model))
     tokenizer, said = task.prepare(asked, tokenizer)
     said += remarks(config.optimizer, PartialState().device.type)
-    model_config = load_config(str(config.model)) if model is None else model.config
     sets = both_sets(config, task, asked, tokenizer, model_config, console)
-    model = _loaded(config, task) if model is None else _given(config, model)
+    samples = prompts(config, task, asked.measured(sets), tokenizer, longest_input(model_config))
+    model = _loaded(config, task) if model is None else _given(config, task, model)
     gather = gathering(task, sets.train.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather)
     packs = task.packs and config.packing != "off"
@@ -116,6 +123,7 @@ def prepare(
         tokenizer=tokenizer,
         train_set=sets.train,
         held_out=sets.held_out,
+        asked=samples,
         parts=sets.parts,
         trained=trained,
         notes=(*sets.notes, *said, *trained.notes, *decided, *speed.notes()),
@@ -125,26 +133,46 @@ def prepare(
     )
 
 
-def _check_metric(config: RunConfig, task: AbstractTask) -> None:
-    if config.best_metric not in task.goals:
+def fitted(task: AbstractTask, rows: Iterable[Row], config: RunConfig, model: PretrainedConfig | None) -> AbstractTask:
+    """The task as the training rows and a run's options make it.
+
+    Raises:
+        ConfigError: an option that has no meaning for it, or a best metric that it does not have.
+        DataError: rows from which it cannot be told.
+    """
+    options = TaskOptions(**{field.name: getattr(config, field.name) for field in fields(TaskOptions)})
+    task = task.fitted(_good(rows, task) if config.on_bad_row == "skip" else rows, options, model)
+    metrics = goals(task, config.samples)
+    if config.best_metric not in metrics:
         raise ConfigError(
-            f"best_metric is {config.best_metric!r}; task {config.task} has {listed(task.goals)}."
-            f"{nearest(config.best_metric, task.goals)}"
+            f"best_metric is {config.best_metric!r}; task {config.task} has {listed(metrics)}."
+            f"{nearest(config.best_metric, metrics)}"
         )
+    return task
+
+
+def _good(rows: Iterable[Row], task: AbstractTask) -> Iterator[Row]:
+    for row in rows:
+        with contextlib.suppress(DataError):
+            task.check(row)
+            yield row
 
 
 def _loaded(config: RunConfig, task: AbstractTask) -> PreTrainedModel:
-    from veneer.tasks.loading import load_model
-
     dtype = "bfloat16" if config.precision == "bf16" and config.method == "lora" else "float32"
-    return load_model(str(config.model), auto_class=task.auto_class, dtype=dtype, quantize=config.quantize)
+    return task.model(str(config.model), dtype=dtype, quantize=config.quantize)
 
 
-def _given(config: RunConfig, model: PreTrainedModel) -> PreTrainedModel:
+def _given(config: RunConfig, task: AbstractTask, model: PreTrainedModel) -> PreTrainedModel:
     if config.quantize is not None:
         raise ConfigError(
             f"quantize={config.quantize} has no effect on a model that is loaded already; load that one quantised, or "
             "name the model in the config."
+        )
+    wanted, has = task.model_options().get("num_labels"), getattr(model.config, "num_labels", None)
+    if wanted is not None and wanted != has:
+        raise ConfigError(
+            f"The model's head has {has} outputs, and the data has {wanted} labels; load it with as many."
         )
     return model
 

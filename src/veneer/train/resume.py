@@ -22,6 +22,7 @@ RESULT_NAME = "result.json"
 FREE = frozenset(
     {
         *("model", "data", "eval_data", "output", "log_every", "eval_every", "save_every", "keep", "keep_every"),
+        *("samples", "sample_tokens"),
         *(
             "batch_size",
             "accumulation",

@@ -36,7 +36,7 @@ from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,17 @@ class Asked:
 
     def __iter__(self) -> Iterator[Row]:
         """The rows to train on, bad ones passed over."""
-        for row in (row for part in self.parts for source in part.sources for row in source.read()):
+        return self._rows(source for part in self.parts for source in part.sources)
+
+    def measured(self, sets: Sets) -> Iterator[Row]:
+        """The rows that are held out, bad ones passed over."""
+        if self.held_out:
+            return self._rows(self.held_out)
+        origins = {example.origin for example in sets.held_out.examples} if sets.held_out is not None else set()
+        return (row for row in self if row.origin in origins)
+
+    def _rows(self, found: Iterable[Source]) -> Iterator[Row]:
+        for row in (row for source in found for row in source.read()):
             if isinstance(row, Row) and all(column in row.values for column in self.columns.values()):
                 yield renamed(row, self.columns) if self.columns else row
 
@@ -87,7 +97,10 @@ class Sets:
 
 
 def asked_for(
-    config: RunConfig, train_rows: Iterable[Mapping[str, Any]] | None, eval_rows: Iterable[Mapping[str, Any]] | None
+    config: RunConfig,
+    task: AbstractTask,
+    train_rows: Iterable[Mapping[str, Any]] | None,
+    eval_rows: Iterable[Mapping[str, Any]] | None,
 ) -> Asked:
     """Find the data that a config or a program names.
 
@@ -96,7 +109,7 @@ def asked_for(
         UsageError: there is no such data.
         DataError: a list of examples is empty.
     """
-    columns = parsed(config.columns) if config.columns is not None else {}
+    columns = parsed(config.columns, task.columns) if config.columns is not None else {}
     held_out = [] if eval_rows is None else [in_memory(eval_rows)]
     if train_rows is not None:
         found, notes = [Part(GIVEN, None, [in_memory(train_rows)])], list[str]()
@@ -170,7 +183,7 @@ def both_sets(
     config: RunConfig,
     task: AbstractTask,
     asked: Asked,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     model_config: PretrainedConfig,
     console: Console | None = None,
 ) -> Sets:
@@ -215,7 +228,7 @@ class Reader:
         config: RunConfig,
         task: AbstractTask,
         columns: Mapping[str, str],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         model_config: PretrainedConfig | None,
         console: Console | None = None,
     ) -> None:
@@ -223,9 +236,10 @@ class Reader:
         self.limit = longest_input(model_config) if model_config is not None else None
         self.max_length = min(config.max_length, self.limit or config.max_length)
         how = {"max_length": self.max_length, "train_on": config.train_on, "truncate": config.truncate}
-        self.how = {"task": config.task, **how}
+        self.how = {"task": config.task, "fitted": task.to_dict(), **how}
+        self.keeps = task.keeps
         known = vocabulary(model_config) if model_config is not None else None
-        encode = functools.partial(task.encode, tokenizer=tokenizer, **how)
+        encode = functools.partial(task.encode, processor=tokenizer, **how)
         self.encoder = Encoder(encode, tokenizer, columns, known)
 
     def read(self, found: Sequence[Source]) -> Prepared:
@@ -236,7 +250,7 @@ class Reader:
                 found,
                 self.encoder,
                 self.how,
-                cache=None if cache is None else cache.expanduser(),
+                cache=None if cache is None or not self.keeps else cache.expanduser(),
                 workers=self.config.workers,
                 skip=self.config.on_bad_row == "skip",
                 on_rows=on_rows,
