@@ -32,6 +32,12 @@ RUN_FIELDS = (
         "truncate",
         "output",
         "task",
+        "labels",
+        "problem",
+        "class_weights",
+        "prefix",
+        "languages",
+        "judge_by",
         "method",
         "epochs",
         "max_steps",
@@ -60,6 +66,8 @@ RUN_FIELDS = (
         "seed",
         "log_every",
         "eval_every",
+        "samples",
+        "sample_tokens",
         "best_metric",
         "min_delta",
         "patience",
@@ -77,7 +85,7 @@ SURFACE = {
     "runs": {"--compare", "--plot", "--force"},
     "data": {
         *("--model", "--preview", "--task", "--max-length", "--truncate", "--train-on", "--columns", "--batch-size"),
-        *("--workers", "--cache"),
+        *("--workers", "--cache", "--labels", "--problem", "--prefix", "--languages"),
     },
     "generate": {
         "--model",
@@ -94,6 +102,12 @@ SURFACE = {
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
         *("--task", "--max-length", "--train-on", "--columns", "--batch-size", "--on-bad-row", "--workers", "--cache"),
+        *("--answers", "--max-new-tokens", "--plot"),
+    },
+    "predict": {
+        *("--data", "--model", "--adapter", "--dtype", "--quantize", "--output", "--force"),
+        *("--task", "--max-length", "--columns", "--batch-size"),
+        *("--max-new-tokens", "--temperature", "--top-p", "--seed"),
     },
     "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--into", "--force"},
     "extract": {

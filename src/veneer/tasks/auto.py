@@ -51,7 +51,6 @@ class _Auto(ABC):
         from veneer.adapters.model import PeftModel
         from veneer.core.config import PeftConfig
         from veneer.core.hub import WHERE
-        from veneer.tasks.kept import kept
         from veneer.tasks.loading import load_model, load_tokenizer
 
         where = {key: kwargs.pop(key) for key in WHERE if key in kwargs}
@@ -68,8 +67,7 @@ class _Auto(ABC):
         if config.revision is not None:
             kwargs["revision"] = config.revision
         folder = Path(pretrained_model_name_or_path) / (where.get("subfolder") or "")
-        found = kept(folder)
-        options = {**(found[1].model_options() if found is not None else {}), **kwargs}
+        options = {**_task_options(folder), **kwargs}
         brought = getattr(config, "modules_to_save", None) or ()
         auto_class = cls.auto_class or _class_for(config, base)
         model = load_model(base, auto_class=auto_class, elsewhere=lambda _: brought, **options)
@@ -80,6 +78,14 @@ class _Auto(ABC):
         return PeftModel.from_pretrained(
             model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **where
         )
+
+
+def _task_options(folder: Path) -> dict[str, Any]:
+    """What the task that weights were trained for asks of the model."""
+    from veneer.tasks.kept import kept
+
+    found = kept(folder)
+    return found[1].model_options() if found is not None else {}
 
 
 def _class_for(config: PeftConfig, base: str) -> str:
