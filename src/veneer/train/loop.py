@@ -99,14 +99,8 @@ def train(
     accelerator = joined(config) if measured else accelerator
     set_seed(config.seed)
     saved, config, said = picked_up(config, accelerator.num_processes) if resume else (None, config, [])
-<<<<<<< HEAD
-    console = console if accelerator.is_main_process else None
     given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train_rows": train_rows, "eval_rows": eval_rows}
     plan = prepare(config, **given, processes=accelerator.num_processes, resume=resume, console=console)
-=======
-    given = {"model": model, "tokenizer": tokenizer, "train_rows": train_rows, "eval_rows": eval_rows}
-    plan = prepare(config, **given, processes=accelerator.num_processes, resume=resume)
->>>>>>> cb3cb68 (The surface of the program as it is now)
     if saved is not None:
         check(saved, plan)
     plan = replace(plan, notes=(*said, *measured, *plan.notes, *check_model(accelerator, plan.trained.model)))
