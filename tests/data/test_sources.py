@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from veneer.core.errors import DataError, UsageError
 from veneer.data import arrow
-from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, chosen, read_rows, rows_of, sources
+from veneer.data.sources import HELD_OUT_NAMES, TRAIN_NAMES, chosen, in_memory, read_rows, rows_of, sources
 
 
 def test_jsonl_rows_know_their_line(tmp_path: Path) -> None:
@@ -291,3 +291,30 @@ def test_the_hub_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         UsageError, match=r"'a/b', and the hub gave no data for it: Config name is missing\. Please pick one"
     ):
         sources("a/b")
+
+
+def test_lines_of_json_by_any_name(tmp_path: Path) -> None:
+    for name in ("a.json", "a.ndjson"):
+        (tmp_path / name).write_text('\n{"text": "one"}\n[1]\n{"text": "two"}\n')
+        bad: list[str] = []
+        assert [row.origin for row in read_rows(tmp_path / name, bad=bad)] == [f"{name}:2", f"{name}:4"]
+        assert bad[0].startswith(f"{tmp_path / name}:3 is a JSON list")
+    (tmp_path / "b.json").write_text('[\n{"text": "one"},\n{"text": "two"}\n]')
+    assert [row.origin for row in read_rows(tmp_path / "b.json")] == ["b.json:1", "b.json:2"]
+
+
+def test_examples_of_a_program() -> None:
+    datasets = pytest.importorskip("datasets")
+    values = [{"text": "a"}, {"text": "b"}]
+    for examples in (values, iter(values), datasets.Dataset.from_list(values)):
+        source = in_memory(examples)
+        for _ in range(2):
+            assert [(row.origin, row.values) for row in source.read()] == [
+                ("example 1", values[0]),
+                ("example 2", values[1]),
+            ]
+        assert source.digest() is None
+    (bad,) = in_memory(["text"]).read()
+    assert bad.reason == "example 1 is a str; expected a mapping with columns."
+    with pytest.raises(DataError, match="list of examples is empty"):
+        in_memory(iter([]))

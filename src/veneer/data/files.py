@@ -1,6 +1,6 @@
 """Rows of one file of JSONL, CSV, text (all also gzipped), Parquet or JSON, each knowing its place: "train.jsonl:17".
 
-All but JSON lists are read piece by piece: memory holds one row of a file of any size, of Parquet one batch of rows.
+All but a list in .json is read piece by piece: memory holds one row of a file of any size, of Parquet one batch.
 """
 
 from __future__ import annotations
@@ -102,7 +102,20 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _holds_lines(path: Path) -> bool:
+    """Whether there is an object in the first of several lines: JSONL is often called .json."""
+    lines = (line for _, line in _lines(path) if line.strip())
+    first = next(lines, b"")
+    try:
+        return first.lstrip().startswith(b"{") and isinstance(json.loads(first), dict) and next(lines, None) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
 def _read_json(path: Path, name: str) -> Read:
+    if _holds_lines(path):
+        yield from read_jsonl(path, name)
+        return
     content = b"".join(line for _, line in _lines(path))
     try:
         values = json.loads(content.decode("utf-8"))
@@ -191,6 +204,7 @@ READERS: dict[str, Callable[[Path, str], Read]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
+    ".ndjson": read_jsonl,
     ".jsonl.gz": read_jsonl,
     ".csv.gz": _read_csv,
     ".txt.gz": _read_text,

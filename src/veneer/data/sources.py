@@ -102,13 +102,25 @@ def sources(given: Given) -> list[Source]:
 
 
 def in_memory(examples: Iterable[Mapping[str, Any]]) -> Source:
-    """Examples that a program gives.
+    """Examples that a program gives: a list, a data set of ``datasets``, or whatever can be gone through.
+
+    Only what can be gone through once alone is copied into memory.
 
     Raises:
         DataError: there is none.
     """
-    rows = rows_of(examples)
-    return Source("examples", "examples", ("examples",), lambda name: iter(rows), lambda: None)
+    kept = list(examples) if isinstance(examples, Iterator) else examples
+    if next(iter(kept), None) is None:
+        raise DataError("The list of examples is empty; expected at least one.")
+
+    def read(name: str) -> Read:
+        for number, values in enumerate(kept, start=1):
+            if isinstance(values, Mapping):
+                yield Row(f"{name} {number}", values)
+            else:
+                yield BadRow(f"{name} {number} is a {type(values).__name__}; expected a mapping with columns.")
+
+    return Source("examples", "example", ("examples",), read, lambda: None)
 
 
 def chosen(found: Sequence[Source], names: Sequence[str]) -> list[Source]:
