@@ -99,6 +99,7 @@ def train(
     accelerator = joined(config) if measured else accelerator
     set_seed(config.seed)
     saved, config, said = picked_up(config, accelerator.num_processes) if resume else (None, config, [])
+    console = console if accelerator.is_main_process else None
     given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "train_rows": train_rows, "eval_rows": eval_rows}
     plan = prepare(config, **given, processes=accelerator.num_processes, resume=resume, console=console)
     if saved is not None:
