@@ -249,7 +249,7 @@ def test_examples_of_a_program_are_not_kept(tmp_path: Path) -> None:
 def test_processes_that_are_spawned(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on systems without fork: all that an encoder is must reach another process."""
     monkeypatch.setattr(processes, "START", "spawn")
-    task = functools.partial(Task().encode, tokenizer=TOKENIZER, max_length=24, train_on="completion")
+    task = functools.partial(Task().encode, processor=TOKENIZER, max_length=24, train_on="completion")
     spawned = read(rows, encoder=Encoder(task, TOKENIZER, {}), workers=1)
     assert same(spawned.store.set_of(), read(rows).store.set_of())
 
