@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests import models
 from tests.adapters.snapshot import assert_same, snapshot
-from veneer import LoraConfig, PeftModel, UsageError, get_peft_model
+from veneer import AdaLoraConfig, LoraConfig, PeftModel, UsageError, VeraConfig, get_peft_model
 from veneer.adapters import combine, files
 from veneer.adapters.arithmetic import TYPES
 
@@ -297,6 +297,31 @@ def test_one_adapter_with_weight_one_has_the_same_file(
     assert mine.tensors.keys() == source.tensors.keys()
     assert all(torch.equal(tensor, source.tensors[key]) for key, tensor in mine.tensors.items())
     assert (mine.metadata, mine.config) == (source.metadata, source.config)
+    model.set_adapter("new")
+    assert torch.equal(models.output(model, given), before)
+
+
+@pytest.mark.parametrize("family", ["adalora", "adalora-pruned", "vera", "vera-drawn"])
+def test_one_adapter_of_another_family_with_weight_one_has_the_same_file(family: str, tmp_path: Path) -> None:
+    model = models.make("llama")
+    if family.startswith("vera"):
+        config: Any = VeraConfig(r=4, save_projection=family == "vera", target_modules=["q_proj", "v_proj"])
+    else:
+        config = AdaLoraConfig(init_r=4, target_r=2, total_step=6, tfinal=2, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(model, config, "a")
+    models.randomise(model, seed=3, adapter="a")
+    given = models.batch("llama")
+    if family == "adalora-pruned":
+        for step in range(1, 7):
+            model(**given, labels=given["input_ids"]).loss.backward()
+            model.base_model.update_and_allocate(step)
+    before = models.output(model, given)
+    model.add_weighted_adapter(["a"], [1.0], "new", "linear")
+    model.save_pretrained(tmp_path)
+    mine, source = (files.read(tmp_path / name) for name in ("new", "a"))
+    assert mine.tensors.keys() == source.tensors.keys()
+    assert all(torch.equal(tensor, source.tensors[key]) for key, tensor in mine.tensors.items())
+    assert mine.config == source.config
     model.set_adapter("new")
     assert torch.equal(models.output(model, given), before)
 

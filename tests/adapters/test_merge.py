@@ -111,6 +111,26 @@ def test_names_that_cannot_be_merged(names: list[str], message: str) -> None:
     assert_same(before, snapshot(adapted))
 
 
+def test_merging_leaves_no_trace_in_training_mode() -> None:
+    """Neither mode merges nor unmerges; a merged adapter drops nothing and does not learn; for good, all is plain."""
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    adapted = get_peft_model(models.make("llama", dtype=F64), config).eval()
+    before = out(adapted)
+    adapted.merge_adapter()
+    weights = {path: layer.base.weight() for path, layer in adapted.base_model.layers.items()}
+    merged = out(adapted)
+    close(merged, before)
+    for mode in (True, False, True):
+        adapted.train(mode)
+        assert all(layer.base.weight() is weights[path] for path, layer in adapted.base_model.layers.items())
+        assert torch.equal(out(adapted), merged)
+    adapted.unmerge_adapter()
+    assert not torch.equal(out(adapted), out(adapted))
+    plain = adapted.merge_and_unload()
+    assert plain.training
+    assert torch.equal(out(plain), merged)
+
+
 def test_unmerging_what_is_not_merged_does_nothing() -> None:
     adapted = two()
     before = snapshot(adapted)
