@@ -16,6 +16,7 @@ from tests import chat
 from veneer.cli.main import main
 from veneer.cli.run_fields import run_fields
 from veneer.core.errors import UsageError
+from veneer.tasks import task as tasks
 from veneer.train.config import RunConfig
 from veneer.train.families import adapter_fields
 from veneer.train.sets import asked_for
@@ -207,4 +208,4 @@ def test_stdin_reaches_one_process_alone(place: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UsageError, match=r"data - \(stdin\) reaches one process alone"):
-        asked_for(RunConfig(data="-", output="run"), None, None)
+        asked_for(RunConfig(data="-", output="run"), tasks.get("causal_lm"), None, None)

@@ -299,6 +299,10 @@ def test_lines_of_json_by_any_name(tmp_path: Path) -> None:
         bad: list[str] = []
         assert [row.origin for row in read_rows(tmp_path / name, bad=bad)] == [f"{name}:2", f"{name}:4"]
         assert bad[0].startswith(f"{tmp_path / name}:3 is a JSON list")
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress((tmp_path / "a.json").read_bytes()))
+    assert [row.origin for row in read_rows(tmp_path, bad=[])] == [
+        f"{name}:{at}" for name in ("a.json.gz", "a.ndjson") for at in (2, 4)
+    ]
     (tmp_path / "b.json").write_text('[\n{"text": "one"},\n{"text": "two"}\n]')
     assert [row.origin for row in read_rows(tmp_path / "b.json")] == ["b.json:1", "b.json:2"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -10,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests import chat
 from veneer.core.errors import ConfigError, DataError
+from veneer.data.sources import sources
+from veneer.tasks import task as tasks
 from veneer.train.batches import batches_from
 from veneer.train.config import RunConfig
 from veneer.train.loop import RunResult, train
 from veneer.train.resume import resumed
+from veneer.train.sets import Reader
 
 FAST = {"batch_size": 4, "learning_rate": 5e-3, "target_modules": "all-linear", "schedule": "constant", "warmup": 0}
 
@@ -166,3 +171,22 @@ def test_what_is_longer_than_the_model_takes_is_named(place: Path) -> None:
     assert any("takes 128 tokens at most" in note and "long.jsonl:2 is the first" in note for note in record.notes)
     with pytest.raises(DataError, match=r"long\.jsonl:2 has 303 tokens, and at most 128 are taken"):
         run(place, "other", data=str(place / "long.jsonl"), truncate="fail")
+
+
+def test_what_is_trained_on_and_held_out_is_said(place: Path) -> None:
+    data = str(place / "a.jsonl")
+    notes = run(place, "run", data=data, eval_data=data, max_steps=1).record.notes
+    assert any(note.startswith(f"{data} is trained on and held out: ") for note in notes)
+    config = RunConfig(output=str(place / "other"), cache="off", max_steps=1, **FAST)
+    rows = chat.pairs(4)
+    given = {"model": chat.model(), "tokenizer": chat.tokenizer(), "train_rows": rows, "eval_rows": rows}
+    assert not any("is trained on and held out" in note for note in train(config, **given).record.notes)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_rows_are_counted_on_a_terminal_while_they_are_encoded(place: Path, terminal: bool) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    config = RunConfig(output="-", cache="off")
+    reader = Reader(config, tasks.get("causal_lm"), {}, chat.tokenizer(), None, screen)
+    assert len(reader.read(sources(place / "a.jsonl")).store.rows) == 18
+    assert ("encoding ..." in screen.file.getvalue()) == terminal

@@ -206,6 +206,7 @@ READERS: dict[str, Callable[[Path, str], Read]] = {
     ".txt": _read_text,
     ".ndjson": read_jsonl,
     ".jsonl.gz": read_jsonl,
+    ".json.gz": _read_json,
     ".csv.gz": _read_csv,
     ".txt.gz": _read_text,
 }

@@ -19,13 +19,26 @@ from veneer.data import arrow
 from veneer.data.files import IN_FOLDERS, KINDS, READERS, Read, ending, read_file, read_jsonl
 from veneer.data.rows import BadRow, Row, rows_of
 
-__all__ = ["HELD_OUT_NAMES", "STDIN", "TEST_NAMES", "TRAIN_NAMES", "Row", "Source", "chosen", "read_rows", "rows_of"]
+__all__ = [
+    "HELD_OUT_NAMES",
+    "IN_MEMORY",
+    "STDIN",
+    "TEST_NAMES",
+    "TRAIN_NAMES",
+    "Row",
+    "Source",
+    "chosen",
+    "read_rows",
+    "rows_of",
+]
 
 TRAIN_NAMES = ("train",)
 HELD_OUT_NAMES = ("valid", "validation", "val", "dev", "eval")
 TEST_NAMES = ("test",)
 STDIN = "-"
 """The name of what is written to the program: JSONL."""
+IN_MEMORY = "examples"
+"""The place of what a program hands over."""
 
 
 @final
@@ -120,7 +133,7 @@ def in_memory(examples: Iterable[Mapping[str, Any]]) -> Source:
             else:
                 yield BadRow(f"{name} {number} is a {type(values).__name__}; expected a mapping with columns.")
 
-    return Source("examples", "example", ("examples",), read, lambda: None)
+    return Source(IN_MEMORY, "example", (IN_MEMORY,), read, lambda: None)
 
 
 def chosen(found: Sequence[Source], names: Sequence[str]) -> list[Source]:

@@ -23,6 +23,7 @@ from veneer.data.mixture import Mixture, Named, weighed
 from veneer.data.rows import Row
 from veneer.data.sources import (
     HELD_OUT_NAMES,
+    IN_MEMORY,
     STDIN,
     TEST_NAMES,
     TRAIN_NAMES,
@@ -118,6 +119,10 @@ def asked_for(
         held_out = held_out or own
     if eval_rows is None and config.eval_data:
         held_out = _held_out_of(config.eval_data)
+    trained = {source.place for part in found for source in part.sources} - {IN_MEMORY}
+    both = [source.place for source in held_out if source.place in trained]
+    if both:
+        notes.append(f"{listed(both)} is trained on and held out: what is measured there is no measure of new data.")
     return Asked(found, held_out, notes, columns)
 
 
