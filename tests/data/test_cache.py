@@ -264,6 +264,16 @@ def test_a_worker_that_is_killed_is_said(rows: Path) -> None:
         prepared(sources(rows), Encoder(_die, TOKENIZER, {}), {}, cache=None, workers=2)
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_kept(rows: Path, tmp_path: Path) -> None:
+    def touching(given: Any) -> EncodedSet:
+        rows.write_text(rows.read_text().replace("stone", "cloud"))
+        return _encoded(given, TOKENIZER, max_length=24)
+
+    with pytest.raises(DataError, match=r"rows\.jsonl was changed while it was being read; start again"):
+        read(rows, tmp_path / "cache", encoder=Encoder(touching, TOKENIZER, {}))
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.suffix != ".lock"]
+
+
 def test_a_missing_file_is_an_error_in_the_middle_too(rows: Path) -> None:
     found = sources(rows)
     rows.unlink()

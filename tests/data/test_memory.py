@@ -25,7 +25,7 @@ from veneer.data.sources import sources
 from veneer.tasks.causal_lm import Task
 
 small, large, cache = sys.argv[1:]
-encode = functools.partial(Task().encode, tokenizer=chat.tokenizer(), max_length=4000, train_on="completion")
+encode = functools.partial(Task().encode, processor=chat.tokenizer(), max_length=4000, train_on="completion")
 
 
 def megabytes(name):
@@ -34,7 +34,7 @@ def megabytes(name):
 
 
 def one_pass(path):
-    encoder = Encoder(encode, encode.keywords["tokenizer"], {})
+    encoder = Encoder(encode, encode.keywords["processor"], {})
     found = prepared(sources(path), encoder, {}, cache=Path(cache))
     examples = found.store.set_of()
     tokens = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from veneer.core.disk import write_folder
-from veneer.core.errors import DataError
+from veneer.core.errors import DataError, listed
 from veneer.data.encoder import Encoder
 from veneer.data.sources import Source, no_rows
 from veneer.data.store import FORMAT, Chunk, Store, write_store
@@ -71,8 +71,10 @@ def prepared(
         UsageError: a source that cannot be read.
         DiskError: the disk is full.
     """
-    key = None if cache is None else _key(sources, encoder, how)
+    digests = [] if cache is None else _digests(sources)
+    key = _key(digests, encoder, how) if digests else None
     chunks = _whole(encoded(sources, encoder, workers), skip, on_rows)
+    chunks = _unchanged(chunks, sources, digests) if digests else chunks
     found = Prepared(_temporary(chunks), None, False) if cache is None or key is None else _kept(cache, key, chunks)
     store = found.store
     if not len(store.rows) and not store.bad:
@@ -92,6 +94,13 @@ def _whole(chunks: Iterator[Chunk], skip: bool, on_rows: Callable[[int], object]
         yield chunk
         count += len(chunk.columns["rows"]) + len(chunk.bad)
         on_rows(count)
+
+
+def _unchanged(chunks: Iterator[Chunk], sources: Sequence[Source], digests: list[tuple[str, str]]) -> Iterator[Chunk]:
+    """The same, as long as the sources are at the end what they were: else they would be kept under a wrong hash."""
+    yield from chunks
+    if _digests(sources) != digests:
+        raise DataError(f"{listed(s.place for s in sources)} was changed while it was being read; start again.")
 
 
 def _temporary(chunks: Iterator[Chunk]) -> Store:
@@ -131,11 +140,15 @@ def _kept(cache: Path, key: str, chunks: Iterator[Chunk]) -> Prepared:
         lock.release()
 
 
-def _key(sources: Sequence[Source], encoder: Encoder, how: Mapping[str, Any]) -> str | None:
-    """A hash of the content of the sources and of all that makes sequences of it; None when that cannot be known."""
-    digests = [(source.name, source.digest()) for source in sources]
-    if any(digest is None for _, digest in digests):
-        return None
+def _digests(sources: Sequence[Source]) -> list[tuple[str, str]]:
+    """The name and the hash of each source; nothing when one of them cannot be found again."""
+    found = [(source.name, source.digest()) for source in sources]
+    whole = [(name, digest) for name, digest in found if digest is not None]
+    return whole if len(whole) == len(found) else []
+
+
+def _key(digests: list[tuple[str, str]], encoder: Encoder, how: Mapping[str, Any]) -> str:
+    """A hash of the content of the sources and of all that makes sequences of it."""
     parts = {
         "format": FORMAT,
         "sources": digests,

@@ -31,7 +31,7 @@ def read_file(path: Path, name: str) -> Read:
 
     Args:
         path: a file of one of ``KINDS``.
-        name: what it is called in the rows' origins.
+        name: what it is called in the rows' origins, and in the reasons against bad ones.
 
     Raises:
         UsageError: it cannot be opened.
@@ -45,7 +45,7 @@ def read_jsonl(path: Path, name: str) -> Read:
     for number, line in _lines(path):
         text = _decoded(line)
         if text is None:
-            yield BadRow(_not_utf8(path, number, line))
+            yield BadRow(_not_utf8(name, number, line))
             continue
         if not text.strip():
             continue
@@ -53,19 +53,19 @@ def read_jsonl(path: Path, name: str) -> Read:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            yield BadRow(f"{path}:{number} is not a line of JSON: {reason}; it begins {text[:40]!r}.")
+            yield BadRow(f"{name}:{number} is not a line of JSON: {reason}; it begins {text[:40]!r}.")
             continue
         if isinstance(values, dict):
             yield Row(f"{name}:{number}", values)
         else:
-            yield BadRow(f"{path}:{number} is a JSON {_kind(values)}; expected an object with columns, one a line.")
+            yield BadRow(f"{name}:{number} is a JSON {_kind(values)}; expected an object with columns, one a line.")
 
 
 def _read_text(path: Path, name: str) -> Read:
     for number, line in _lines(path):
         text = _decoded(line)
         if text is None:
-            yield BadRow(_not_utf8(path, number, line))
+            yield BadRow(_not_utf8(name, number, line))
         elif text.strip():
             yield Row(f"{name}:{number}", {"text": text.rstrip("\r\n")})
 
@@ -89,12 +89,12 @@ def _decoded(line: bytes) -> str | None:
         return None
 
 
-def _not_utf8(path: Path, number: int, line: bytes) -> str:
+def _not_utf8(name: str, number: int, line: bytes) -> str:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"byte {line[error.start]:#04x} at position {error.start + 1} of the line"
-        return f"{path}:{number} is not UTF-8: {where}; save the file as UTF-8."
+        return f"{name}:{number} is not UTF-8: {where}; save the file as UTF-8."
     raise AssertionError
 
 
@@ -132,7 +132,7 @@ def _read_json(path: Path, name: str) -> Read:
         if isinstance(item, dict):
             yield Row(f"{name}:{number}", item)
         else:
-            yield BadRow(f"{path}:{number} is a JSON {_kind(item)}; expected a list of objects with columns.")
+            yield BadRow(f"{name}:{number} is a JSON {_kind(item)}; expected a list of objects with columns.")
 
 
 def _read_csv(path: Path, name: str) -> Read:
@@ -159,9 +159,9 @@ def _csv_rows(path: Path, name: str) -> Read:
     start = reader.line_num + 1
     for cells in reader:
         if (broken := _broken(cells)) is not None:
-            yield BadRow(f"{path}:{start} is not UTF-8: byte {broken:#04x}; save the file as UTF-8.")
+            yield BadRow(f"{name}:{start} is not UTF-8: byte {broken:#04x}; save the file as UTF-8.")
         elif cells and len(cells) != len(header):
-            yield BadRow(f"{path}:{start} has {len(cells)} cells; expected {len(header)}: {listed(header)}.")
+            yield BadRow(f"{name}:{start} has {len(cells)} cells; expected {len(header)}: {listed(header)}.")
         elif cells:
             yield Row(f"{name}:{start}", dict(zip(header, cells, strict=True)))
         start = reader.line_num + 1

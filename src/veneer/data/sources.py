@@ -214,17 +214,22 @@ def _stdin() -> Source:
     shutil.copyfileobj(sys.stdin.buffer, spooled)
     spooled.flush()
 
-    def read(name: str) -> Iterator[Row | BadRow]:
-        path = Path(spooled.name)
-        for row in read_jsonl(path, name):
-            yield BadRow(row.reason.replace(str(path), name)) if isinstance(row, BadRow) else row
-
-    return Source(STDIN, "stdin", ("stdin",), read, lambda: _hash(Path(spooled.name)))
+    # By way of the file itself, which is removed when nobody holds it any more.
+    return Source(
+        STDIN,
+        "stdin",
+        ("stdin",),
+        lambda name: read_jsonl(Path(spooled.name), name),
+        lambda: _hash(Path(spooled.name)),
+    )
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _first_word(name: str) -> str:
