@@ -16,7 +16,7 @@ from torch import Tensor
 from tests import models
 from tests.adapters.snapshot import assert_same, snapshot
 from veneer import AdaLoraConfig, LoraConfig, PeftModel, UsageError, VeraConfig, get_peft_model
-from veneer.adapters import combine, files
+from veneer.adapters import arithmetic, files
 from veneer.adapters.arithmetic import TYPES
 
 WEIGHTS = [0.7, -1.2, 0.4]
@@ -512,4 +512,4 @@ def test_a_failure_at_the_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_quantile_is_torchs() -> None:
     values = torch.randn(1001, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for share in (0.001, 0.25, 0.5, 0.9137, 1.0):
-        torch.testing.assert_close(combine._quantile(values, share), torch.quantile(values, share))
+        torch.testing.assert_close(arithmetic.quantile(values, share), torch.quantile(values, share))

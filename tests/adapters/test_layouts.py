@@ -1,4 +1,4 @@
-"""Adapters whose factors are not one pair for each called layer are refused where factors are rearranged."""
+"""Adapters whose factors are not one pair for each called layer: combined as the updates that they are, or refused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 import veneer
 from tests import models
 from veneer.adapters import files
+from veneer.adapters.arithmetic import agreeing_mean
 from veneer.adapters.convert import convert
 from veneer.adapters.resize import resize
 from veneer.core.errors import UsageError
@@ -27,27 +28,93 @@ class Experts(nn.Module):
         return torch.einsum("ni,eoi->no", x, self.stack)
 
 
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(make())
+
+
 MADE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "experts": (lambda: nn.Sequential(Experts()), {"target_modules": [], "target_parameters": ["0.stack"]}),
-    "attention": (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), {"target_modules": ["0"]}),
+    "experts": (lambda: seeded(Experts), {"target_modules": [], "target_parameters": ["0.stack"]}),
+    "attention": (lambda: seeded(lambda: nn.MultiheadAttention(4, 2)), {"target_modules": ["0"]}),
     "tied": (lambda: models.make("llama-tied"), {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
 }
 
 
-def adapt(kind: str) -> Any:
+EXPERTS = {"0.stack": 3}
+"""How many matrices a parameter holds."""
+
+
+def adapt(kind: str, **other: Any) -> Any:
+    """A model with two adapters, the second of them with these fields."""
     make, fields = MADE[kind]
     adapted = veneer.get_peft_model(make(), veneer.LoraConfig(r=2, **fields))
-    adapted.add_adapter("second", veneer.LoraConfig(r=2, **fields))
+    adapted.add_adapter("second", veneer.LoraConfig(**{"r": 2, **fields, **other}))
     return adapted
 
 
 @pytest.mark.parametrize("kind", MADE)
-@pytest.mark.parametrize("how", ["linear", "cat", "svd"])
-def test_combining_is_refused(kind: str, how: str) -> None:
+@pytest.mark.parametrize(("how", "r"), [("cat", 2), ("svd", 2), ("svd", 8), ("magnitude_prune_svd", 8)])
+def test_a_combination_is_the_sum_of_the_updates(kind: str, how: str, r: int, tmp_path: Path) -> None:
+    adapted = adapt(kind, r=3, use_rslora=True)
+    models.randomise(adapted)
+    options: dict[str, Any] = {"density": 1.0} if "prune" in how else {}
+    options |= {"svd_rank": r} if "svd" in how else {}
+    report = adapted.add_weighted_adapter(["default", "second"], [0.5, -2.0], "both", how, **options)
+    layers = adapted.base_model.layers
+    with torch.no_grad():
+        exact = {path: 0.5 * layer.change("default") - 2.0 * layer.change("second") for path, layer in layers.items()}
+        found = {path: layer.change("both") for path, layer in layers.items()}
+    assert adapted.base_model.layers_of("both").keys() == layers.keys()
+    if how == "svd" and r == 2:
+        # Of an expert's rank, the best of each expert.
+        kept = {record.path: record for record in report or ()}
+        for path, update in exact.items():
+            parts = zip(update.chunk(EXPERTS.get(path, 1)), found[path].chunk(EXPERTS.get(path, 1)), strict=True)
+            for whole, part in parts:
+                tail = torch.linalg.svdvals(whole.double())[2:].norm()
+                torch.testing.assert_close((whole - part).double().norm(), tail, rtol=1e-4, atol=1e-5)
+            if path in kept:
+                missed = float((update - found[path]).norm() / update.norm())
+                assert kept[path].error == pytest.approx(missed, rel=1e-3, abs=1e-5)
+                assert kept[path].kept == pytest.approx(1 - missed**2, rel=1e-3)
+        return
+    for path, update in exact.items():
+        torch.testing.assert_close(found[path], update, rtol=1e-4, atol=1e-5)
+    adapted.save_pretrained(tmp_path, selected_adapters=["both"])
+    again = veneer.PeftModel.from_pretrained(MADE[kind][0](), tmp_path / "both", "both")
+    theirs = again.base_model.layers
+    assert theirs.keys() == layers.keys()
+    with torch.no_grad():
+        for path, layer in theirs.items():
+            torch.testing.assert_close(layer.change("both"), found[path], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("how", ["linear", "ties", "dare_linear"])
+def test_factors_are_combined_place_by_place(kind: str, how: str) -> None:
     adapted = adapt(kind)
-    with pytest.raises(UsageError, match="merge the adapter into the model instead"):
-        adapted.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type=how)
-    assert list(adapted.peft_config) == ["default", "second"]
+    models.randomise(adapted)
+    options = {} if how == "linear" else {"density": 1.0}
+    adapted.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", how, **options)
+    for layer in adapted.base_model.layers.values():
+        one, other, both = (layer.tensors(name) for name in ("default", "second", "both"))
+        root = layer.scaling["default"] ** 0.5
+        for key, tensor in both.items():
+            # An attention's output projection is counted twice, which goes into A.
+            found = tensor * layer.scaling["both"] if "_A" in key else tensor
+            if how == "ties":
+                torch.testing.assert_close(found, agreeing_mean([one[key], other[key]], [root, root], "total"))
+            else:
+                torch.testing.assert_close(found, (one[key] + other[key]) * root)
+
+
+def test_adapters_of_which_one_shares_the_factors_are_refused() -> None:
+    adapted = adapt("tied")
+    with pytest.warns(UserWarning, match="does not reach"):
+        adapted.add_adapter("alone", veneer.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(UsageError, match=r"(?s)'default' has one update for the embeddings and lm_head .* 'alone' has"):
+        adapted.add_weighted_adapter(["default", "alone"], [1.0, 1.0], "both", "cat")
+    assert list(adapted.peft_config) == ["default", "second", "alone"]
 
 
 @pytest.mark.parametrize("kind", MADE)

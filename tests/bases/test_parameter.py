@@ -160,6 +160,22 @@ def test_under_gradient_checkpointing() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_adapters_on_experts_are_combined_and_peft_reads_the_result(tmp_path: Path) -> None:
+    adapted, x = ours(model("mixtral"), target_modules=["q_proj"]), ids()
+    adapted.add_adapter("second", veneer.LoraConfig(**fields(r=2, target_parameters=NAMES[1:])))
+    randomise(adapted, adapter="second", seed=5)
+    adapted.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", "cat")
+    adapted.set_adapter(["default", "second"])
+    expected = adapted(x).logits
+    adapted.set_adapter("both")
+    torch.testing.assert_close(adapted(x).logits, expected, rtol=1e-4, atol=1e-5)
+    adapted.save_pretrained(tmp_path, selected_adapters=["both"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.PeftModel.from_pretrained(model("mixtral"), tmp_path / "both")
+    torch.testing.assert_close(other(x).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 class Pair(nn.Module):
     """A module with two stacks of matrices and one matrix."""
 

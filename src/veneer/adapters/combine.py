@@ -9,7 +9,7 @@ The new adapter is plain LoRA with alpha equal to its rank. There are three fami
   Bs, each scaled by ``sqrt(|w_i * scaling_i|)`` with the sign in A. That is cheap, and it is *not* the sum of the
   updates: ``(B_1 + B_2)(A_1 + A_2)`` has two products too many.
 
-An adapter that is not on a layer counts there as an update of zero.
+An adapter that is not on a layer counts there as an update of zero. Every expert is a layer of its own.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from veneer.adapters.adapted import AdaptedModel
-from veneer.adapters.arithmetic import MajoritySign, Recipe, recipe_for
+from veneer.adapters.arithmetic import MajoritySign, Recipe, quantile, recipe_for
+from veneer.adapters.index import PARAMETER
 from veneer.adapters.inject import check_name, inject
 from veneer.adapters.layer import AdaptedLayer
-from veneer.adapters.layouts import check_pairs
+from veneer.adapters.layouts import check_ties, is_tied, joined, split, together
 from veneer.adapters.lifecycle import remove
 from veneer.adapters.lowrank import Spectrum, spectrum_of, spectrum_of_product
 from veneer.adapters.merge import merged_names
 from veneer.adapters.plain import Factors, bias_of, factors_of, invocation, names_for, plain_config, stored
+from veneer.adapters.target import OUT_TIMES
 from veneer.adapters.targets import select
 from veneer.core.config import PeftConfig, TunerConfig
 from veneer.core.errors import UsageError, listed
@@ -99,8 +101,7 @@ def add_weighted_adapter(
     recipe = recipe_for(combination_type, svd_rank, svd_clamp, density, majority_sign_method, len(adapters))
     _check_whole(adapted, adapters)
     copies = recipe.exact and list(weights) == [1]
-    if not copies:
-        check_pairs(adapted, adapters, "add_weighted_adapter")
+    check_ties(adapted, adapters)
     with torch.no_grad():
         if copies:
             report = _copy(adapted, adapters[0], adapter_name)
@@ -185,21 +186,56 @@ def _combined(
     report: list[ApproximatedLayer] = []
     on = {name: adapted.layers_of(name) for name in adapters}
     # In the model's order, as in PEFT: what is drawn at random depends on it.
-    for path in (path for path in adapted.index.slots if any(path in layers for layers in on.values())):
+    biased = any(_has_bias(adapted, name) for name in adapters)
+    for path in sorted({path for layers in on.values() for path in layers}, key=_place(adapted)):
         parts = [
             _Part(name, weight, on[name][path], _factors(on[name][path], name))
             for name, weight in zip(adapters, weights, strict=True)
-            if path in on[name]
+            if path in on[name] and not is_tied(on[name][path], name)
         ]
-        A, B, record = _layer(recipe, path, parts)
-        bias = _bias(recipe, parts, any(_has_bias(adapted, name) for name in adapters), B)
-        found[path] = stored(parts[0].layer.original, A, B, bias)
-        report.append(record)
+        if parts:
+            found[path], record = _on_layer(recipe, path, parts, biased, _is_inner(adapted, path))
+            report.append(record)
     config = _new_config(adapted, adapters, {record.path: record.r for record in report})
     _inject(adapted, name, config, found, None)
     if recipe.rank is None:
         _warn_of_loss(recipe.kind, report)
     return tuple(report)
+
+
+def _is_inner(adapted: AdaptedModel, path: str) -> bool:
+    """Whether a layer is the output projection of an attention, which is no target of its own and goes with it."""
+    return adapted.index.slot(path).kind is None
+
+
+def _place(adapted: AdaptedModel) -> Callable[[str], tuple[int, str]]:
+    """The place of a layer in the model; parameters of one module are in the order of their names."""
+    order = adapted.index.order
+    return lambda path: (order[adapted.index.slot(path).owner], path)
+
+
+def _on_layer(
+    recipe: Recipe, path: str, parts: list[_Part], biased: bool, inner: bool
+) -> tuple[dict[str, Tensor], ApproximatedLayer]:
+    """The new tensors of one layer, keyed as on disk; every expert is combined as a layer of its own."""
+    base, times = parts[0].layer.original, OUT_TIMES if inner else 1
+    if parts[0].layer.kind != PARAMETER:
+        A, B, record = _layer(recipe, path, parts)
+        return stored(base, A / times, B, _bias(recipe, parts, biased, B)), record
+    made = [_layer(recipe, path, list(expert)) for expert in zip(*map(_experts, parts), strict=True)]
+    factors = joined([(A, B) for A, B, _ in made])
+    return dict(zip(base.factor_names, factors, strict=True)), together(path, [record for *_, record in made])
+
+
+def _experts(part: _Part) -> list[_Part]:
+    """An adapter on each of the matrices that a parameter holds."""
+    tensors = part.layer.tensors(part.name)
+    A, B = (tensors[name].detach() for name in part.layer.original.factor_names)
+    scaling = part.layer.scaling[part.name]
+    return [
+        replace(part, factors=Factors(A_RI, B_OR, scaling, started=False))
+        for A_RI, B_OR in split(A, B, part.layer.r[part.name])
+    ]
 
 
 def _warn_of_loss(kind: str, report: Sequence[ApproximatedLayer]) -> None:
@@ -239,7 +275,7 @@ def _layer(recipe: Recipe, path: str, parts: list[_Part]) -> tuple[Tensor, Tenso
     spectrum = _spectrum(recipe, parts, whole, r)
     A, B = spectrum.factors(r, balanced=False)
     if recipe.clamp is not None:
-        bound = _quantile(torch.cat([A.flatten(), B.flatten()]), recipe.clamp)
+        bound = quantile(torch.cat([A.flatten(), B.flatten()]), recipe.clamp)
         A, B = A.clamp(-bound, bound), B.clamp(-bound, bound)
     record = ApproximatedLayer(path, default, r, math.sqrt(spectrum.energy), spectrum.kept(r), spectrum.error(r))
     return A.to(dtype), B.to(dtype), record
@@ -296,14 +332,6 @@ def _update(part: _Part) -> Tensor:
     return _wide(part.factors.B) @ _wide(part.factors.A) * part.factors.scaling
 
 
-def _quantile(values: Tensor, share: float) -> Tensor:
-    """As ``torch.quantile``, which takes at most 16 million values."""
-    ordered = values.sort().values
-    place = share * (len(ordered) - 1)
-    below = ordered[math.floor(place)]
-    return torch.lerp(below, ordered[math.ceil(place)], place - math.floor(place))
-
-
 def _has_bias(adapted: AdaptedModel, name: str) -> bool:
     return any(BIAS in layer.specs[name] for layer in adapted.layers_of(name).values())
 
@@ -318,7 +346,9 @@ def _bias(recipe: Recipe, parts: list[_Part], wanted: bool, like: Tensor) -> Ten
 
 
 def _new_config(adapted: AdaptedModel, adapters: Sequence[str], ranks: dict[str, int]) -> PeftConfig:
-    targets, excluded = names_for(adapted.index, ranks)
+    ranks = {path: r for path, r in ranks.items() if not _is_inner(adapted, path)}
+    parameters = [path for path in ranks if path not in adapted.index.slots]
+    targets, excluded = names_for(adapted.index, ranks.keys() - set(parameters))
     biased = next((name for name in adapters if name in adapted.biases.trained), None)
     whole = [path for path, w in adapted.saved.items() if any(name in w.modules_to_save for name in adapters)]
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -329,6 +359,7 @@ def _new_config(adapted: AdaptedModel, adapters: Sequence[str], ranks: dict[str,
         ranks,
         target_modules=targets,
         exclude_modules=excluded,
+        target_parameters=parameters or None,
         modules_to_save=whole or None,
         bias=bias,
         lora_bias=any(_has_bias(adapted, name) for name in adapters),

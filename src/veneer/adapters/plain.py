@@ -113,6 +113,7 @@ def plain_config(
     alphas: Mapping[str, float] | None = None,
     target_modules: list[str] | str | None = None,
     exclude_modules: list[str] | str | None = None,
+    target_parameters: list[str] | None = None,
     modules_to_save: list[str] | None = None,
     bias: Literal["none", "all", "lora_only"] = "none",
     lora_bias: bool = False,
@@ -125,6 +126,7 @@ def plain_config(
         alphas: from the path of each layer to its alpha; without them alpha equals the rank.
         target_modules: names that match exactly these layers.
         exclude_modules: names to leave out of them.
+        target_parameters: parameters among these layers, where target_modules is given.
         modules_to_save: modules saved whole.
         bias: which biases of the base come along.
         lora_bias: whether there are biases beside B.
@@ -144,6 +146,7 @@ def plain_config(
         fields |= {
             "target_modules": target_modules,
             "exclude_modules": exclude_modules,
+            "target_parameters": target_parameters,
             "layers_to_transform": None,
             "layers_pattern": None,
         }

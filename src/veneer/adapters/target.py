@@ -14,6 +14,10 @@ from veneer.core.errors import ConfigError
 from veneer.core.init import AbstractInit
 from veneer.core.variant import AbstractVariant, ParameterSpec
 
+OUT_TIMES = 2
+"""PEFT adds the update of an attention's output projection twice, in the forward pass and merged alike: its files are
+trained for that."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -45,8 +49,7 @@ def make_targets(
     if slot.kind != "attention":
         return [target]
     out = replace(index.slots[f"{slot.path}.out_proj"], kind="linear", read=True)
-    # PEFT adds this update twice, in the forward pass and merged alike: its files are trained for that.
-    return [target, _make(out, r, alpha, variant, config, times=2)]
+    return [target, _make(out, r, alpha, variant, config, times=OUT_TIMES)]
 
 
 def _make(slot: Slot, r: int, alpha: float, variant: AbstractVariant, config: TunerConfig, times: int = 1) -> Target:
