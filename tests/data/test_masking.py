@@ -134,6 +134,28 @@ def test_a_conversation_that_the_template_refuses_is_named() -> None:
         tokens(sample(("user", "u"), ("assistant", "a")), tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // (messages | length - 2) }}",
+        "{{ messages[0]['content'].index('?') }}",
+        "{{ messages[0].content.nothing.more }}",
+        "{{ messages[7]['role'].upper() }}",
+        "{{ namespace(**messages[0]['content']) }}",
+    ],
+)
+def test_whatever_a_template_fails_with_is_a_bad_row(template: str) -> None:
+    with pytest.raises(DataError, match=r"f:1 does not fit the tokenizer's chat template: [^\n]*\.$"):
+        tokens(sample(("user", "u"), ("assistant", "a")), chat.tokenizer(template=template))
+
+
+def test_half_a_character_in_a_tool_is_a_bad_row() -> None:
+    tokenizer = chat.tokenizer(template="{{ tools[0]['name'] }}" + chat.CHAT_TEMPLATE)
+    turns = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
+    with pytest.raises(DataError, match=r"f:1 has half a character \(a lone surrogate\) in its text"):
+        tokens(Sample("f:1", "chat", turns, tools=({"name": "\ud800"},)), tokenizer)
+
+
 def test_nothing_is_trained_without_an_answer() -> None:
     (result,) = tokens(sample(("user", "u")))
     assert True not in result.trained

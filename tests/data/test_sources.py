@@ -262,6 +262,34 @@ def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.origin for row in train.read()] == ["chats:main[train_sft]:1"]
 
 
+def test_a_copy_of_the_hub_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network; the folder is as the library leaves it after a download."""
+    datasets = pytest.importorskip("datasets")
+    cache = tmp_path / "cache"
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+    for name, path in files.items():
+        Path(path).write_text(json.dumps({"text": name}) + "\n")
+    datasets.load_dataset("json", data_files=files, cache_dir=str(cache))
+    (made,) = (path for path in cache.glob("json/*/*/*") if path.is_dir())
+    copy = cache / "someone___chats" / "main" / "0.0.0" / made.name
+    copy.parent.mkdir(parents=True)
+    made.rename(copy)
+    for path in copy.glob("json-*"):
+        path.rename(path.with_name(path.name.replace("json-", "chats-")))
+    about = json.loads((copy / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(json.dumps({**about, "dataset_name": "chats", "config_name": "main"}))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for name in ("someone/chats", "someone/chats:main"):
+        rows = [row for source in sources(name) for row in source.read()]
+        short = name.split("/")[1]
+        assert [(row.origin, row.values) for row in rows] == [
+            (f"{short}[train]:1", {"text": "train"}),
+            (f"{short}[validation]:1", {"text": "validation"}),
+        ]
+    with pytest.raises(UsageError, match="is not in the cache, and the hub is switched off"):
+        sources("someone/chats:other")
+
+
 def test_a_name_on_the_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "someone").mkdir()

@@ -58,7 +58,7 @@ def render(
     To be tokenized with ``add_special_tokens=False``: a template writes its special tokens itself.
 
     Raises:
-        DataError: the template refuses the conversation.
+        DataError: the template refuses the conversation, or what it writes is not whole text.
     """
     from jinja2 import TemplateError
 
@@ -69,9 +69,14 @@ def render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (TemplateError, TypeError, IndexError, KeyError) as error:
-        raise DataError(f"{origin} does not fit the tokenizer's chat template: {error}.") from None
-    assert isinstance(text, str)
+        assert isinstance(text, str)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        # Of calls and tools the values are not looked at before.
+        raise DataError(f"{origin} has half a character (a lone surrogate) in its text; expected whole text.") from None
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{origin} does not fit the tokenizer's chat template: {reason}.") from None
     return text
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -52,6 +53,10 @@ def encoded(sources: Sequence[Source], encoder: Encoder, workers: int) -> Iterat
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START), _start, (encoder, os.getpid()))
     try:
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads; what is forked here, at the first task, does nothing but encode.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pool.submit(os.getpid)
         yield from _in_order(pool, _chunks(sources), 2 * workers)
     except BrokenProcessPool:
         raise VeneerError(
