@@ -178,9 +178,10 @@ class _Job:
     def copy_beside(self, folder: Path) -> None:
         """What else a model's folder holds: the tokenizer and how to prepare images and sound."""
         from veneer.tasks.kept import TASK_NAME
-        from veneer.tasks.loading import INPUT_CONFIGS, model_folder
+        from veneer.tasks.loading import INPUT_CONFIGS, model_folder, needs_tokenizer
 
-        _copy_tokenizer([*self.folders, Path(self.model).expanduser()], self.model, folder)
+        if needs_tokenizer(self.auto_class):
+            _copy_tokenizer([*self.folders, Path(self.model).expanduser()], self.model, folder)
         if (self.folders[0] / TASK_NAME).is_file():
             shutil.copyfile(self.folders[0] / TASK_NAME, folder / TASK_NAME)
         for name in INPUT_CONFIGS:

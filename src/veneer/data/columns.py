@@ -41,4 +41,4 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
         raise DataError(f"{row.origin} has no column {missing[0]!r}; it has {listed(have)}.{nearest(missing[0], have)}")
     taken = set(columns.values())
     others = {name: value for name, value in row.values.items() if name not in taken}
-    return Row(row.origin, {**others, **{name: row.values[column] for name, column in columns.items()}})
+    return Row(row.origin, {**others, **{name: row.values[column] for name, column in columns.items()}}, row.folder)

@@ -37,7 +37,8 @@ def read_file(path: Path, name: str) -> Read:
         UsageError: it cannot be opened.
         DataError: it is not what its ending says.
     """
-    return READERS[ending(path)](path, name)
+    for row in READERS[ending(path)](path, name):
+        yield Row(row.origin, row.values, path.parent) if isinstance(row, Row) else row
 
 
 def read_jsonl(path: Path, name: str) -> Read:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from veneer.core.errors import DataError
@@ -18,6 +19,8 @@ class Row:
     """The file and the line (in Parquet: the row) it starts at, counted from 1."""
     values: Mapping[str, Any]
     """Its columns."""
+    folder: Path | None = None
+    """What the names of files in it count from; None is the working folder."""
 
 
 @final

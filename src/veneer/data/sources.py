@@ -1,4 +1,7 @@
-"""What stands behind the name of some data: files, a folder or pattern of them, stdin, a saved data set, a hub name."""
+"""What stands behind the name of some data: files, a folder or pattern of them, stdin, a saved data set, a hub name.
+
+Images and sounds are data files too, of one row each; so is a folder of them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any, final
 
 from veneer.core.errors import DataError, UsageError, listed, nearest
-from veneer.data import arrow
+from veneer.data import arrow, folders
 from veneer.data.files import IN_FOLDERS, KINDS, READERS, Read, ending, read_file, read_jsonl
 from veneer.data.rows import BadRow, Row, rows_of
 
@@ -145,6 +148,10 @@ def _is_known(word: str) -> bool:
     return word in {*TRAIN_NAMES, *HELD_OUT_NAMES, *TEST_NAMES}
 
 
+def _is_train(name: str) -> bool:
+    return _first_word(name) in TRAIN_NAMES
+
+
 def _behind(name: str) -> list[Source]:
     if name == STDIN:
         return [_stdin()]
@@ -166,11 +173,16 @@ def _behind(name: str) -> list[Source]:
     return _splits(splits, name)
 
 
-def _file(path: Path, *folders: str) -> Source:
-    if ending(path) not in READERS:
+def _file(path: Path, *above: str) -> Source:
+    if not _is_read(path):
         raise UsageError(f"{str(path)!r} ends in {ending(path) or 'nothing'!r}; expected one of {KINDS}.")
-    words = tuple(map(_first_word, (path.name, *folders)))
-    return Source(str(path), path.name, words, functools.partial(read_file, path), functools.partial(_hash, path))
+    reader = read_file if ending(path) in READERS else folders.read_single
+    words = tuple(map(_first_word, (path.name, *above)))
+    return Source(str(path), path.name, words, functools.partial(reader, path), functools.partial(_hash, path))
+
+
+def _is_read(path: Path) -> bool:
+    return ending(path) in READERS or folders.kind(path) is not None
 
 
 def _folder(folder: Path) -> list[Source]:
@@ -180,6 +192,9 @@ def _folder(folder: Path) -> list[Source]:
         files = sorted(file for file in folder.glob(pattern) if ending(file) in IN_FOLDERS and file.is_file())
         if files:
             return [_file(file, *file.relative_to(folder).parts[:-1]) for file in files]
+    places = folders.splits(folder, lambda name: _is_known(_first_word(name)), _is_train)
+    if places:
+        return [_media(place) for place in places]
     raise UsageError(
         f"The folder {str(folder)!r} has no data files; expected files ending in {', '.join(sorted(IN_FOLDERS))}. "
         f"Others are read when they are named, as in {str(folder / '*.txt')!r}."
@@ -188,10 +203,17 @@ def _folder(folder: Path) -> list[Source]:
 
 def _pattern(name: str, place: Path) -> list[Source]:
     found = [Path(path) for path in sorted(glob.glob(str(place), recursive=True))]
-    files = [path for path in found if path.is_file() and ending(path) in READERS]
+    files = [path for path in found if path.is_file() and _is_read(path)]
     if not files:
         raise UsageError(f"No file matches {name!r}; expected files ending in {KINDS}.")
     return [_file(path) for path in files]
+
+
+def _media(folder: Path) -> Source:
+    """A folder of images or sounds. What names files is never kept, so it needs no hash."""
+    name = folder.name or str(folder)
+    reader = functools.partial(folders.read_folder, folder)
+    return Source(str(folder), name, (_first_word(name),), reader, lambda: None)
 
 
 def _splits(splits: Mapping[str, Any], name: str) -> list[Source]:

@@ -98,8 +98,8 @@ def _chunks(sources: Sequence[Source]) -> Iterator[list[Row | BadRow]]:
 
 
 def _characters(value: Any) -> int:
-    """The characters of all texts in a row's values."""
-    if isinstance(value, str):
+    """The characters of all texts in a row's values, and the bytes of its files."""
+    if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, Mapping):
         return sum(map(_characters, value.values()))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.data.encode import Encoded
-from veneer.tasks.figures import confusion, figures
+from veneer.tasks import figures
 from veneer.tasks.labels import Labels
 from veneer.tasks.task import BatchLoss, Prediction, Tally
 
@@ -62,7 +62,7 @@ def metrics(labels: Labels, tally: Tally, found: Sequence[Prediction], examples:
     """The mean loss, and the figures of this kind of label."""
     mean = tally.loss / tally.units if tally.units else math.nan
     truths = [example.labels for example in examples]
-    return {"loss": mean, **figures(labels, truths, [_guess(labels, prediction) for prediction in found])}
+    return {"loss": mean, **figures.figures(labels, truths, [_guess(labels, prediction) for prediction in found])}
 
 
 def details(labels: Labels, found: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, Any]:
@@ -70,7 +70,20 @@ def details(labels: Labels, found: Sequence[Prediction], examples: Sequence[Enco
     if labels.kind != "single" or not found:
         return {}
     guesses = [labels.names.index(prediction["label"]) for prediction in found]
-    return confusion(labels, [int(example.labels[0]) for example in examples], guesses)
+    return figures.confusion(labels, [int(example.labels[0]) for example in examples], guesses)
+
+
+def has_top5(labels: Labels) -> bool:
+    """Whether being among the five likeliest means anything."""
+    return labels.kind == "single" and len(labels.names) > 5
+
+
+def top5(labels: Labels, found: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
+    """How often the right label is among the five likeliest, where there are more than five."""
+    if not has_top5(labels):
+        return {}
+    scores = [[prediction["scores"][name] for name in labels.names] for prediction in found]
+    return figures.top5(labels, [int(example.labels[0]) for example in examples], scores)
 
 
 def told(labels: Labels, ids: Sequence[float]) -> str:

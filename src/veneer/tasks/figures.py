@@ -14,6 +14,7 @@ from veneer.tasks.task import Goals
 SINGLE: Goals = {"accuracy": "max", "f1_macro": "max", "f1_micro": "max", "mcc": "max"}
 MULTI: Goals = {"exact_match": "max", "f1_macro": "max", "f1_micro": "max"}
 NUMBER: Goals = {"pearson": "max", "spearman": "max", "mean_absolute_error": "min"}
+TOP5: Goals = {"top5_accuracy": "max"}
 GOALS: dict[str, Goals] = {"single": SINGLE, "multi": MULTI, "regression": NUMBER}
 
 
@@ -60,6 +61,21 @@ def figures(labels: Labels, truths: Sequence[Sequence[float]], guesses: Sequence
     for average in ("macro", "micro"):
         found[f"f1_{average}"] = metrics.f1_score(truths, guesses, average=average, **averaged)
     return {name: float(found[name]) for name in GOALS[labels.kind]}
+
+
+def top5(labels: Labels, truths: Sequence[int], scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The share of examples whose label is among the five of the highest scores.
+
+    Args:
+        labels: more than five.
+        truths: the place of each example's label.
+        scores: of each example one for every label.
+    """
+    from sklearn import metrics
+
+    places = list(range(len(labels.names)))
+    found = metrics.top_k_accuracy_score(truths, scores, k=5, labels=places) if truths else math.nan
+    return {"top5_accuracy": float(found)}
 
 
 def confusion(labels: Labels, truths: Sequence[int], guesses: Sequence[int]) -> dict[str, Any]:

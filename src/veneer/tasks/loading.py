@@ -191,8 +191,18 @@ def load_processor(name_or_path: str | Path, auto_class: str) -> Any:
         return load_tokenizer(name_or_path)
     beside = Path(name_or_path).expanduser()
     source = str(beside) if (beside / ADAPTER_CONFIG).is_file() else _source(name_or_path)
-    with _in_one_sentence(name_or_path, f"has no {kind.removeprefix('Auto')} that this transformers can read"):
-        return getattr(transformers, kind).from_pretrained(source, **_SAFE)
+    # Pillow alone, with or without torchvision: the same pixels on every machine.
+    options = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
+    with (
+        _in_one_sentence(name_or_path, f"has no {kind.removeprefix('Auto')} that this transformers can read"),
+        _log_errors_only(),
+    ):
+        return getattr(transformers, kind).from_pretrained(source, **options, **_SAFE)
+
+
+def needs_tokenizer(auto_class: str) -> bool:
+    """Whether the models of a class take or give text."""
+    return _PROCESSORS.get(auto_class) != "AutoImageProcessor"
 
 
 def processor_for(model: str | Path, adapter: Path | None, auto_class: str) -> Any:
