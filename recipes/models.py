@@ -1,0 +1,53 @@
+"""The models that the recipes begin with, in a folder of links.
+
+python recipes/models.py [--into models]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from veneer.tasks.minilm import minilm
+from veneer.tasks.smollm import smollm
+
+
+def encoder_decoder(folder: Path, tokenizer: str) -> Path:
+    """A small T5 with random weights, for lack of a trained one in a package."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    if not (folder / "config.json").is_file():
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=len(words),
+            d_model=256,
+            d_kv=32,
+            d_ff=1024,
+            num_layers=4,
+            num_heads=8,
+            pad_token_id=words.pad_token_id,
+            decoder_start_token_id=words.pad_token_id,
+            eos_token_id=words.sep_token_id,
+        )
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+        words.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--into", type=Path, default=Path("models"))
+    into: Path = parser.parse_args().into
+    into.mkdir(parents=True, exist_ok=True)
+    for name, fetch in {"smollm2": smollm, "minilm": minilm}.items():
+        place = into / name
+        if not place.exists():
+            place.symlink_to(Path(fetch(print)).resolve())
+    encoder_decoder(into / "encoder-decoder", str(into / "minilm"))
+    print(f"Models in {into}: {', '.join(sorted(path.name for path in into.iterdir()))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Every recipe for two steps, on tiny stand-ins of its model and of the originals of its data."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests import chat, words
+
+HERE = Path(__file__).resolve().parents[2] / "recipes"
+
+
+def script(name: str) -> ModuleType:
+    """A script of the recipes as a module."""
+    spec = importlib.util.spec_from_file_location(f"recipes_{name}", HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+RUN, ORIGINALS = script("run"), script("originals")
+
+
+def originals(folder: Path) -> None:
+    """Some lines of every data set, in the form that its source publishes."""
+
+    def put(name: str, lines: list[str], encoding: str = "utf-8") -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(f"{line}\n" for line in lines).encode(encoding)
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    reviews = words.reviews(12)
+    for split in ("train", "dev", "test"):
+        put(f"sst2/{split}.tsv", [f"{row['text']}\t{int(row['label'] == 'positive')}" for row in reviews])
+        ends = "\t".join(("good", "bad", "fine", "poor"))
+        put(f"codah/fold_0/{split}.tsv", [f"n\tthe film was\t{ends}\t{at % 4}" for at in range(8)])
+        place = ["i\tO", "saw\tO", "paris\tB-location", ""]
+        put(f"wnut17_ner/{split}.conll", place * 8)
+    for split in ("in_domain_train", "in_domain_dev"):
+        put(f"cola/{split}.tsv", [f"gj04\t{at % 2}\t{'*' * (at % 2)}\tthe film was good" for at in range(6)])
+    kinds = ("DESC:manner", "ENTY:animal", "HUM:ind")
+    for split in ("train", "test"):
+        put(f"trec_qc/{split}.txt", [f"{kinds[at % 3]} was it very good ?" for at in range(12)], "latin-1")
+    for split in ("train", "valid", "test"):
+        rows = [json.dumps({"text": f"columns: one\nQ: red {at}?\nA: SELECT one"}) for at in range(10)]
+        put(f"wikisql_mlx/{split}.jsonl", rows)
+    put("gsm8k/train.jsonl.gz", [json.dumps({"question": f"one and {at}", "answer": f"#### {at}"}) for at in range(20)])
+    instances = [{"input": "", "output": "red"}]
+    task = {"instruction": "say red", "instances": instances}
+    put("self_instruct/seed_tasks.jsonl", [json.dumps(task)] * 20)
+    header = "ID,section_header,section_text,dialogue"
+    for split in ("train", "valid"):
+        put(f"mts_dialog/{split}.csv", [header, *[f'{at},GENHX,"it was good","was it good"' for at in range(8)]])
+    put("e2e_nlg/valid.txt", [f"name : {at} || it is {at} . ".replace(" || ", "||") for at in range(20)])
+    for split in ("train", "val"):
+        for language in ("en", "de"):
+            put(f"multi30k/{split}.{language}.gz", [f"red stone {at}" for at in range(20)])
+    question = {"question": "was it good", "answers": [{"text": "film", "answer_start": 4}]}
+    paragraphs = [{"context": "the film was good", "qas": [question]}] * 10
+    put("xquad/xquad.en.json", [json.dumps({"data": [{"paragraphs": paragraphs}]})])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    originals(folder / "originals")
+    assert ORIGINALS.convert(folder / "originals", folder / "data") == []
+    chat.saved(folder / "models" / "smollm2")
+    words.saved(folder / "models" / "minilm")
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=3)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "models" / "encoder-decoder")
+    words.tokenizer().save_pretrained(folder / "models" / "encoder-decoder")
+    return folder
+
+
+def test_originals_become_rows(work: Path) -> None:
+    def first(name: str, split: str) -> dict[str, Any]:
+        return json.loads((work / "data" / name / f"{split}.jsonl").read_text().splitlines()[0])
+
+    assert first("sst2", "train") == {"text": "the film was good", "label": "positive"}
+    assert first("wnut17", "dev") == {"tokens": ["i", "saw", "paris"], "tags": ["O", "O", "B-location"]}
+    assert first("trec", "test")["label"] == "DESC"
+    assert first("trec-fine", "test")["label"] == "DESC:manner"
+    assert first("codah", "dev")["choices"] == ["good", "bad", "fine", "poor"]
+    assert first("wikisql", "dev") == {"prompt": "columns: one\nQ: red 0?", "completion": "SELECT one"}
+    assert first("xquad", "train")["answers"] == {"text": ["film"], "answer_start": [4]}
+    assert first("multi30k", "dev")["translation"]["German"] == "red stone 0"
+    assert ORIGINALS.convert(work / "nothing", work / "elsewhere") == list(ORIGINALS.SETS)
+
+
+@pytest.mark.parametrize("name", RUN.recipes())
+def test_a_recipe_runs(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    recipe = RUN.recipes()[name]
+    result = RUN.run(recipe, steps=2)
+    assert result["trained"]["steps"] == 2
+    assert recipe.metric in result["metrics"]
+    RUN.show([result])
+    RUN.record([result], work / "results.csv")
+    assert f"python recipes/run.py {name}" in (work / "results.csv").read_text()
