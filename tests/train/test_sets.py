@@ -72,6 +72,7 @@ def test_a_mixture_in_a_run(place: Path) -> None:
     assert json.loads((place / "run/result.json").read_text())["parts"] == parts
     assert any("Each pass has 20 examples: 10 of" in note and "(5.00 times its 2)" in note for note in start["notes"])
     assert RunConfig.read(place / "run/run.yaml").data == mixed(place)
+    assert "a.jsonl (weight 1), b.jsonl (weight 1), 20 examples" in (place / "run/last/README.md").read_text()
 
 
 def test_the_same_mixture_by_names_with_weights(place: Path) -> None:
@@ -190,3 +191,25 @@ def test_rows_are_counted_on_a_terminal_while_they_are_encoded(place: Path, term
     reader = Reader(config, tasks.get("causal_lm"), {}, chat.tokenizer(), None, screen)
     assert len(reader.read(sources(place / "a.jsonl")).store.rows) == 18
     assert ("encoding ..." in screen.file.getvalue()) == terminal
+
+
+def test_where_encoded_data_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(cache: str) -> Path | None:
+        reader = Reader(RunConfig(output="-", cache=cache), tasks.get("causal_lm"), {}, chat.tokenizer(), None)
+        return reader.read(sources(place / "a.jsonl")).kept
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "xdg"))
+    monkeypatch.setenv("HOME", str(place))
+    assert kept("auto").parent == place / "xdg" / "veneer" / "data"
+    assert kept("~/mine").parent == place / "mine"
+    assert kept("off") is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert kept("auto").parent == place / ".cache" / "veneer" / "data"
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert kept("auto") is None
+    with pytest.raises(ConfigError, match="cache is ''"):
+        RunConfig(output="-", cache="")

@@ -43,7 +43,7 @@ class Encoded:
     @property
     def trained(self) -> int:
         """How many tokens are trained."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """What a row does that cannot be used: end the run with its line and reason, or be left out and counted."""
     workers: int = Field(0, ge=0)
     """Processes that turn rows into tokens; 0 does it in the run's own."""
-    cache: str = "auto"
+    cache: str = Field("auto", min_length=1)
     """Where encoded data is kept for later runs: a folder, auto (veneer/data in the user's cache), or off."""
     output: str
     """The run folder to write; it must not exist, or be empty."""

@@ -181,7 +181,10 @@ def _check_stdin(config: RunConfig) -> None:
 
 def data_name(data: Named | None) -> str:
     """What to call training data in a sentence."""
-    return GIVEN if data is None else listed(Path(name).name for name, _ in weighed(data))
+    if data is None:
+        return GIVEN
+    each = [(Path(name).name, weight) for name, weight in weighed(data)]
+    return listed(name if weight is None else f"{name} (weight {weight:g})" for name, weight in each)
 
 
 def both_sets(
@@ -249,13 +252,13 @@ class Reader:
 
     def read(self, found: Sequence[Source]) -> Prepared:
         """Some sources as sequences. See ``prepared``."""
-        cache = {"auto": cache_folder() / "data", "off": None}.get(self.config.cache, Path(self.config.cache))
+        cache = _cache(self.config.cache) if self.keeps else None
         with _counting(self.console) as on_rows:
             return prepared(
                 found,
                 self.encoder,
                 self.how,
-                cache=None if cache is None or not self.keeps else cache.expanduser(),
+                cache=cache,
                 workers=self.config.workers,
                 skip=self.config.on_bad_row == "skip",
                 on_rows=on_rows,
@@ -271,6 +274,18 @@ class Reader:
                 f"{self.config.max_length:,}: {first} is the first that is longer."
             )
         return said
+
+
+def _cache(given: str) -> Path | None:
+    """The folder that a config's ``cache`` means."""
+    if given == "off":
+        return None
+    if given != "auto":
+        return Path(given).expanduser()
+    # An account may have no home, as in some containers.
+    with contextlib.suppress(RuntimeError):
+        return cache_folder() / "data"
+    return None
 
 
 @contextlib.contextmanager
