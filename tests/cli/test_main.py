@@ -38,6 +38,7 @@ RUN_FIELDS = (
         "prefix",
         "languages",
         "judge_by",
+        "pooling",
         "method",
         "epochs",
         "max_steps",

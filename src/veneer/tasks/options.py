@@ -8,6 +8,7 @@ from typing import Literal
 from veneer.core.errors import ConfigError, listed
 
 Problem = Literal["auto", "single", "multi", "regression"]
+Pooling = Literal["auto", "mean", "cls", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class TaskOptions:
     """From which language to which, as in en-de: the names that the data or the tokenizer has for them."""
     judge_by: str | None = None
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
+    pooling: Pooling = "auto"
+    """How a text's vector is made of its tokens': mean, cls (the first) or last; auto as the model's folder says."""
 
     def refuse(self, task: str, *meaningful: str) -> None:
         """Refuse options that were changed and mean nothing to a task.

@@ -98,6 +98,8 @@ class AbstractTask(ABC):
     """Every column that is understood."""
     keeps: ClassVar[bool] = True
     """Whether a row says all that becomes of it, so that encoded data may be kept; not where it names a file."""
+    least: ClassVar[int] = 1
+    """The fewest examples of a batch from which something can be learned: more where they are compared."""
 
     @property
     @abstractmethod

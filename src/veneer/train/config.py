@@ -17,7 +17,7 @@ from veneer.core.errors import ConfigError, UsageError, listed, nearest
 from veneer.core.task_type import TaskType
 from veneer.data.encode import Truncation
 from veneer.data.mixture import weighed
-from veneer.tasks.options import Problem, TaskOptions
+from veneer.tasks.options import Pooling, Problem, TaskOptions
 from veneer.tasks.quantise import Quantisation
 from veneer.train.families import FAMILIES, FAMILY, adapter_fields, fields_of
 
@@ -105,6 +105,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """From which language to which, as in en-de: the names that the data or the tokenizer has for them."""
     judge_by: str | None = _TASK.judge_by
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
+    pooling: Pooling = _TASK.pooling
+    """How a text's vector is made of its tokens': mean, cls (the first) or last; auto as the model's folder says."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training data; parts of one count too."""
     max_steps: int | None = Field(None, ge=1)
