@@ -103,10 +103,6 @@ def prepare(
     asked = asked_for(config, task, train_rows, eval_rows)
     model_config = load_config(str(config.model)) if model is None else model.config
     task = fitted(task, asked, config, model_config)
-    if config.batch_size < task.least:
-        raise ConfigError(
-            f"batch_size is {config.batch_size}; task {config.task} compares at least {task.least} examples."
-        )
     tokenizer = tokenizer if tokenizer is not None else task.processor(str(config.model))
     tokenizer, said = task.prepare(asked, tokenizer)
     said += remarks(config.optimizer, PartialState().device.type)
@@ -146,6 +142,10 @@ def fitted(task: AbstractTask, rows: Iterable[Row], config: RunConfig, model: Pr
     """
     options = TaskOptions(**{field.name: getattr(config, field.name) for field in fields(TaskOptions)})
     task = task.fitted(_good(rows, task) if config.on_bad_row == "skip" else rows, options, model)
+    if config.batch_size < task.least:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}; task {config.task} compares at least {task.least} examples."
+        )
     metrics = goals(task, config.samples)
     if config.best_metric not in metrics:
         raise ConfigError(
