@@ -211,7 +211,8 @@ def test_several_names_and_patterns(tmp_path: Path) -> None:
 
 
 def test_shards_in_folders_of_a_folder(tmp_path: Path) -> None:
-    for name in ("train/0001.jsonl", "train/0002.jsonl", "validation/0001.jsonl"):
+    hidden = (".cache/0001.jsonl", "train/.0001.jsonl", "._train.jsonl")
+    for name in ("train/0001.jsonl", "train/0002.jsonl", "validation/0001.jsonl", *hidden):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "x"}\n')
     found = sources(tmp_path)

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,8 +114,8 @@ def sources(given: Given) -> list[Source]:
     for name in names:
         for source in [name] if isinstance(name, Source) else _behind(str(name)):
             found.setdefault(source.place, source)
-    taken = [source.name for source in found.values()]
-    return [replace(s, name=s.place) if taken.count(s.name) > 1 else s for s in found.values()]
+    taken = Counter(source.name for source in found.values())
+    return [replace(s, name=s.place) if taken[s.name] > 1 else s for s in found.values()]
 
 
 def in_memory(examples: Iterable[Mapping[str, Any]]) -> Source:
@@ -189,9 +190,12 @@ def _folder(folder: Path) -> list[Source]:
     if arrow.is_saved(folder):
         return _splits(arrow.saved_sets(folder), str(folder))
     for pattern in ("*", "*/*"):
-        files = sorted(file for file in folder.glob(pattern) if ending(file) in IN_FOLDERS and file.is_file())
+        within = [(file, file.relative_to(folder).parts) for file in sorted(folder.glob(pattern))]
+        # Hidden ones are editors' and systems' own.
+        seen = [(file, parts) for file, parts in within if not any(part.startswith(".") for part in parts)]
+        files = [(file, parts) for file, parts in seen if ending(file) in IN_FOLDERS and file.is_file()]
         if files:
-            return [_file(file, *file.relative_to(folder).parts[:-1]) for file in files]
+            return [_file(file, *parts[:-1]) for file, parts in files]
     places = folders.splits(folder, lambda name: _is_known(_first_word(name)), _is_train)
     if places:
         return [_media(place) for place in places]

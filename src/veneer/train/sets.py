@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,8 @@ def _named(config: RunConfig, *, look: bool) -> tuple[list[Part], list[Source], 
 def _tell_apart(parts: list[Part]) -> None:
     """Give files of one name in different parts their whole path as a name, and refuse what is in two parts."""
     every = [source for part in parts for source in part.sources]
-    places = [source.place for source in every]
-    twice = next((place for place in places if places.count(place) > 1), None)
+    places = Counter(source.place for source in every)
+    twice = next((place for place, times in places.items() if times > 1), None)
     if twice is not None:
         raise ConfigError(f"data names {twice!r} twice; expected each file in one part.")
     renamed_sources = iter(sources(every))
