@@ -43,7 +43,7 @@ def test_from_flags_to_a_run_folder(place: Path, capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert code == 0, err
     assert {path.name for path in (place / "run").iterdir()} == {
-        "run.yaml", "log.jsonl", "loss.png", "result.json", "best", "last", "checkpoints"
+        "run.yaml", "log.jsonl", "loss.png", "result.json", "README.md", "best", "last", "checkpoints"
     }  # fmt: skip
     assert "⟦the red is red<|end|>⟧" in out
     assert "0 truncated" in out

@@ -37,6 +37,16 @@ def test_a_picture_is_drawn(tmp_path: Path, events: list[dict]) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"log.jsonl", "loss.png"}
 
 
+def test_how_the_run_went_stands_below(tmp_path: Path) -> None:
+    more = [{**step, "learning_rate": 1e-4, "gradient_norm": None if step["step"] == 3 else 1.0} for step in STEPS]
+    curve = read_curve(log(tmp_path, START, *more))
+    assert list(curve.others) == ["learning rate", "gradient norm"]
+    assert curve.others["learning rate"] == (1e-4,) * 59
+    assert math.isnan(curve.others["gradient norm"][2])
+    with Image.open(loss_plot(tmp_path)) as picture:
+        assert picture.size == (1200, 930)
+
+
 def test_smoothing() -> None:
     assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
     assert smoothed([5.0])[0] == 5.0

@@ -39,8 +39,8 @@ def train(
     """Fine-tune a model on JSONL, CSV or Parquet.
 
     Rows have messages, prompt + completion, instruction (+ input) + output, or text. The run folder gets run.yaml,
-    log.jsonl, loss.png, result.json, best/, last/ and checkpoints/. Ctrl-C and SIGTERM save what was learned and exit
-    with 130 and 143; veneer train --resume ./run goes on, also after a crash.
+    log.jsonl, loss.png, result.json, README.md, best/, last/ and checkpoints/. Ctrl-C and SIGTERM save what was
+    learned and exit with 130 and 143; veneer train --resume ./run goes on, also after a crash.
 
     Example: veneer train --model ./model --data train.jsonl --output ./run --r 16 --target-modules all-linear
     """
@@ -48,6 +48,7 @@ def train(
         raise UsageError("Both --resume and --config are given; a run goes on with its own config.")
 
     from veneer.report.confusion import CONFUSION_NAME, confusion_plot
+    from veneer.report.overview import write_overview
     from veneer.report.plots import loss_plot
     from veneer.report.preview import samples
     from veneer.train import loop
@@ -67,6 +68,7 @@ def train(
     pictures = [loss_plot(result.folder)]
     if "confusion" in result.record.details:
         pictures.append(confusion_plot(result.record.details["confusion"], result.folder / CONFUSION_NAME))
+    write_overview(result.folder, result.record)
     _show_record(screen, result.record, pictures)
     if result.record.interrupted:
         raise typer.Exit(128 + (result.signal or signal.SIGINT))

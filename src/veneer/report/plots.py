@@ -1,9 +1,10 @@
-"""The loss curve of a run folder: training loss, the same smoothed, and the held-out loss."""
+"""The curves of a run folder: training loss, the same smoothed, and the held-out loss; below, how the run went."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from veneer.report.runs import read_events
 PLOT_NAME = "loss.png"
 
 _INK, _GRID, _TRAIN, _HELD_OUT = "#30353b", "#e4e6e9", "#3b6fb6", "#d1622b"
+
+_OTHERS = {
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Curve:
     """The training loss, in nats a trained token, logged at each of ``steps``."""
     held_out_steps: tuple[int, ...]
     held_out_losses: tuple[float, ...]
+    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What else is logged at each of ``steps``: from its title to the values, nan where there is none."""
 
 
 def read_curve(folder: str | Path) -> Curve:
@@ -44,6 +53,11 @@ def read_curve(folder: str | Path) -> Curve:
         losses=tuple(event["loss"] for event in steps),
         held_out_steps=tuple(event["step"] for event in held_out),
         held_out_losses=tuple(event["loss"] for event in held_out),
+        others={
+            title: tuple(math.nan if event.get(name) is None else event[name] for event in steps)
+            for name, title in _OTHERS.items()
+            if any(event.get(name) is not None for event in steps)
+        },
     )
 
 
@@ -76,13 +90,38 @@ def loss_plot(folder: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     curve = read_curve(folder)
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 6.2 if curve.others else 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw(axes, curve)
+    if curve.others:
+        above, below = figure.subfigures(2, 1, height_ratios=(2.6, 1))
+        _draw(above.add_subplot(), curve)
+        panels = below.subplots(1, len(curve.others), squeeze=False)[0]
+        for axes, (title, values) in zip(panels, curve.others.items(), strict=True):
+            _draw_other(axes, title, curve.steps, values)
+    else:
+        _draw(figure.add_subplot(), curve)
     path = Path(folder) / PLOT_NAME
     write_whole(path.parent, {path.name: lambda beside: figure.savefig(beside, format="png")})
     return path
+
+
+def _draw_other(axes: Any, title: str, steps: Sequence[int], values: Sequence[float]) -> None:
+    axes.plot(steps, values, color=_TRAIN, linewidth=1.2)
+    axes.set_title(title, loc="left", color=_INK, fontsize=9)
+    axes.tick_params(colors=_INK, length=0, labelsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axes.yaxis.get_major_locator().set_params(nbins=4)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    axes.yaxis.get_offset_text().set_size(7)
+    _bare(axes)
+
+
+def _bare(axes: Any) -> None:
+    axes.grid(axis="y", color=_GRID)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
 
 
 def _draw(axes: Any, curve: Curve) -> None:
@@ -114,11 +153,7 @@ def _draw(axes: Any, curve: Curve) -> None:
     axes.set_ylabel("loss (nats per trained token)", color=_INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(colors=_INK, length=0)
-    axes.grid(axis="y", color=_GRID)
-    axes.set_axisbelow(True)
     axes.margins(x=0.02, y=0.12)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
+    _bare(axes)
     if curve.steps or curve.held_out_steps:
         axes.legend(frameon=False, labelcolor=_INK, loc="upper right")
