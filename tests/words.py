@@ -78,3 +78,15 @@ def reviews(count: int = 24) -> list[dict[str, Any]]:
         text = f"{'i saw it and ' * (at % 3)}the film was {'very ' * (at % 2)}{word}"
         rows.append({"text": text, "label": "positive" if word in ("good", "fine") else "negative"})
     return rows
+
+
+def questions(count: int = 24, *, unanswerable: bool = True) -> list[dict[str, Any]]:
+    """Questions about short texts, as `datasets` has SQuAD; the answer can be learned, and every third has none."""
+    rows = []
+    for at in range(count):
+        word = ("paris", "film")[at % 2]
+        seen = not (unanswerable and at % 3 == 2)
+        context = f"{'I saw it and ' * (at % 4)}so the {'very ' * (at % 2)}{word if seen else 'a'} was good."
+        answers = {"text": [word], "answer_start": [context.index(word)]} if seen else {"text": [], "answer_start": []}
+        rows.append({"question": f"a {word}?", "context": context, "answers": answers})
+    return rows

@@ -36,6 +36,7 @@ RUN_FIELDS = (
         "problem",
         "class_weights",
         "prefix",
+        "stride",
         "languages",
         "judge_by",
         "pooling",
@@ -86,7 +87,7 @@ SURFACE = {
     "runs": {"--compare", "--plot", "--force"},
     "data": {
         *("--model", "--preview", "--task", "--max-length", "--truncate", "--train-on", "--columns", "--batch-size"),
-        *("--workers", "--cache", "--labels", "--problem", "--prefix", "--languages"),
+        *("--workers", "--cache", "--labels", "--problem", "--prefix", "--languages", "--stride"),
     },
     "generate": {
         "--model",

@@ -351,3 +351,19 @@ def test_examples_of_a_program() -> None:
     assert bad.reason == "example 1 is a str; expected a mapping with columns."
     with pytest.raises(DataError, match="list of examples is empty"):
         in_memory(iter([]))
+
+
+def test_squads_own_json_is_a_row_for_each_question(tmp_path: Path) -> None:
+    answers = [{"text": "Rome", "answer_start": 3}]
+    paragraph = {"context": "In Rome.", "qas": [{"id": "x", "question": "Where?", "answers": answers}, "when"]}
+    document = {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph, {"qas": []}]}]}
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(document))
+    bad: list[str] = []
+    (row,) = read_rows(str(path), bad=bad)
+    assert row.origin == "dev.json:1"
+    assert row.values == {"context": "In Rome.", "id": "x", "question": "Where?", "answers": answers}
+    assert bad == [
+        "dev.json: data[0].paragraphs[0].qas[1] is no object with a question.",
+        "dev.json: data[0].paragraphs[1] has no context with qas, as SQuAD's files do.",
+    ]

@@ -23,8 +23,8 @@ SHARES = (0, 10, 50, 90, 99, 100)
 
 
 @run_options(
-    *("task", "labels", "problem", "prefix", "languages", "max_length", "truncate", "train_on", "columns"),
-    *("batch_size", "workers", "cache"),
+    *("task", "labels", "problem", "prefix", "languages", "stride", "max_length", "truncate", "train_on"),
+    *("columns", "batch_size", "workers", "cache"),
 )
 def data(
     paths: Annotated[

@@ -88,10 +88,10 @@ def _predicted(subject: Subject, rows: list[Row], settings: RunConfig, sampling:
         if isinstance(task, AbstractWriter):
             examples = task.ask(rows, processor, max_length=most)
             written = write(task, model, examples, processor, sampling, batch_size=size, on_share=on_share)
-            found = [{"text": one.text, "tokens": one.tokens, "stopped": one.stopped} for one in written]
-        else:
-            how = {"max_length": most, "train_on": settings.train_on, "labelled": False}
-            examples = list(task.encode(rows, processor, **how).examples)
-            device = model.device
-            found = ask(task, model, examples, processor, batch_size=size, device=device, on_share=on_share)
-    return [{"origin": example.origin, **one} for example, one in zip(examples, found, strict=True)]
+            return [
+                {"origin": example.origin, "text": one.text, "tokens": one.tokens, "stopped": one.stopped}
+                for example, one in zip(examples, written, strict=True)
+            ]
+        how = {"max_length": most, "train_on": settings.train_on, "labelled": False}
+        examples = list(task.encode(rows, processor, **how).examples)
+        return ask(task, model, examples, processor, batch_size=size, device=model.device, on_share=on_share)

@@ -1,6 +1,7 @@
 """Rows of one file of JSONL, CSV, text (all also gzipped), Parquet or JSON, each knowing its place: "train.jsonl:17".
 
-All but a list in .json is read piece by piece: memory holds one row of a file of any size, of Parquet one batch.
+All but a list in .json and SQuAD's own JSON is read piece by piece: memory holds one row of a file of any size, of
+Parquet one batch. In SQuAD's, the place is the number of the question.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from veneer.core.errors import DataError, UsageError, listed
 from veneer.data.rows import BadRow, Row
+from veneer.data.squad import is_squad, questions
 
 Read = Iterator[Row | BadRow]
 
@@ -127,6 +129,10 @@ def _read_json(path: Path, name: str) -> Read:
         ) from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}.") from None
+    if is_squad(values):
+        for number, question in enumerate(questions(values), start=1):
+            yield Row(f"{name}:{number}", question) if isinstance(question, dict) else BadRow(f"{name}: {question}.")
+        return
     if not isinstance(values, list):
         raise DataError(f"{path} holds no list of objects; expected [{{...}}, ...] with the columns of each example.")
     for number, item in enumerate(values, start=1):

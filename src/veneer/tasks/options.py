@@ -22,6 +22,8 @@ class TaskOptions:
     class_weights: str | None = None
     """How much each label counts in the loss: balanced (rare ones more), or as in spam=5,other=1."""
 
+    stride: int = 128
+    """Tokens that the windows of a context too long for one sequence have in common; of question_answering."""
     prefix: str | None = None
     """Text to put before every source, as T5 wants: "translate English to German: "."""
     languages: str | None = None

@@ -255,6 +255,22 @@ class AbstractTask(ABC):
         return model
 
 
+class AbstractWindows(AbstractTask):
+    """A task whose rows may be several sequences each: windows of a text that is too long for one."""
+
+    @abstractmethod
+    def join(self, readings: Sequence[Prediction]) -> Prediction:
+        """A row's prediction from what ``read`` gives of each of its windows."""
+
+
+def windows_of(examples: Sequence[Encoded]) -> list[list[int]]:
+    """The places of each row's sequences, rows in the order of their first ones."""
+    found: dict[str, list[int]] = {}
+    for at, example in enumerate(examples):
+        found.setdefault(example.origin, []).append(at)
+    return list(found.values())
+
+
 def names() -> tuple[str, ...]:
     """The keys of all tasks, sorted: the files in this room that are named for a ``TaskType``."""
     known = {member.lower().replace("_2_", "2") for member in TaskType.__members__}
@@ -331,12 +347,15 @@ def predict(
     device: torch.device | str,
     on_share: Callable[[float], object] = lambda share: None,
 ) -> list[Prediction]:
-    """What a model says of each example, in their order."""
+    """What a model says of each example, in their order, with its place under "origin"; of windows, of each row."""
     found: dict[int, Prediction] = {}
     for places, result in _passed(task, model, examples, processor, batch_size, device, packed=False):
         found.update(zip(places, task.read(result.outputs, [examples[at] for at in places], processor), strict=True))
         on_share(len(found) / len(examples))
-    return [found[at] for at in range(len(examples))]
+    if isinstance(task, AbstractWindows):
+        rows = windows_of(examples)
+        return [{"origin": examples[row[0]].origin, **task.join([found[at] for at in row])} for row in rows]
+    return [{"origin": example.origin, **found[at]} for at, example in enumerate(examples)]
 
 
 def _passed(

@@ -99,6 +99,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """How much each label counts: balanced (rare ones more), or as in spam=5,other=1."""
     method: Method = "lora"
     """What is trained: a low-rank adapter, the full model, or its output head alone."""
+    stride: int = Field(_TASK.stride, ge=0)
+    """Tokens that the windows of a context too long for one sequence have in common; of question_answering."""
     prefix: str | None = _TASK.prefix
     """Text to put before every source, as T5 wants; of translation and seq2seq_lm."""
     languages: str | None = _TASK.languages
