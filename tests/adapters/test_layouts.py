@@ -14,7 +14,7 @@ import veneer
 from tests import models
 from veneer.adapters import files
 from veneer.adapters.arithmetic import agreeing_mean
-from veneer.adapters.convert import convert
+from veneer.adapters.convert import convert, save_as_lora
 from veneer.adapters.resize import resize
 from veneer.core.errors import UsageError
 
@@ -130,10 +130,31 @@ def test_one_adapter_with_weight_one_is_that_adapter(kind: str, how: str, tmp_pa
     assert all(torch.equal(tensor, second.tensors[key]) for key, tensor in third.tensors.items())
 
 
-@pytest.mark.parametrize("kind", MADE)
-def test_converting_is_refused(kind: str) -> None:
-    with pytest.raises(UsageError, match="converting knows one pair"):
-        convert(adapt(kind).base_model, "default")
+@pytest.mark.parametrize("kind", ["experts", "tied"])
+@pytest.mark.parametrize("rank", [None, 1, 3, 0.9])
+def test_converted_is_the_best_of_its_rank(kind: str, rank: Any, tmp_path: Path) -> None:
+    adapted = adapt(kind, r=3, use_rslora=True, lora_alpha=5)
+    models.randomise(adapted, adapter="second")
+    save_as_lora(tmp_path, adapted, rank, "second")
+    again = veneer.PeftModel.from_pretrained(MADE[kind][0](), tmp_path)
+    assert again.peft_config["default"].use_rslora is False
+    records = {record.path: record for record in convert(adapted.base_model, "second", rank).layers}
+    for path, layer in adapted.base_model.layers.items():
+        twin = again.base_model.layers[path]
+        with torch.no_grad():
+            whole, part = layer.change("second").double(), twin.change("default").double()
+        tails = [torch.linalg.svdvals(each)[twin.r["default"] :].norm() for each in whole.chunk(EXPERTS.get(path, 1))]
+        missed = float((whole - part).norm())
+        assert missed == pytest.approx(float(torch.stack(tails).norm()), rel=1e-4, abs=1e-5)
+        assert (twin.r["default"] == rank) if isinstance(rank, int) else missed <= 0.33 * float(whole.norm())
+        if path in records and rank is not None:
+            assert records[path].error == pytest.approx(missed / float(whole.norm()), rel=1e-3, abs=1e-5)
+            assert records[path].r_before == 3
+
+
+def test_converting_an_attention_is_refused() -> None:
+    with pytest.raises(UsageError, match="an attention whose two weights have one rank"):
+        convert(adapt("attention").base_model, "default")
 
 
 @pytest.mark.parametrize("kind", ["experts", "tied"])

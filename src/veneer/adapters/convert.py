@@ -24,10 +24,12 @@ from veneer.adapters.adapted import AdaptedModel
 from veneer.adapters.derived import write
 from veneer.adapters.files import FINGERPRINT, PREFIX, AdapterFiles, adapter_state
 from veneer.adapters.fingerprint import fingerprint
+from veneer.adapters.index import PARAMETER
 from veneer.adapters.layer import AdaptedLayer
-from veneer.adapters.layouts import check_pairs
+from veneer.adapters.layouts import check_attention, is_tied, joined, split, together
 from veneer.adapters.lowrank import Rank, Spectrum, check_rank, missed_by, spectrum_of, spectrum_of_product
 from veneer.adapters.plain import Factors, bias_of, factors_of, is_product, plain_config, stored
+from veneer.adapters.ties import heads_in_file
 from veneer.core.base import AbstractBase
 from veneer.core.config import LoraConfig, TunerConfig
 from veneer.core.errors import UsageError
@@ -84,17 +86,19 @@ def convert(
     if rank is not None:
         check_rank(rank)
     adapted.require(name)
-    check_pairs(adapted, [name], "converting")
+    check_attention(adapted, name)
     config = adapted.peft_config[name]
     assert isinstance(config, TunerConfig)
-    layers = adapted.layers_of(name)
+    layers = {path: layer for path, layer in adapted.layers_of(name).items() if not is_tied(layer, name)}
+    names = adapted.names(name)
     tensors: dict[str, Tensor] = {}
     made: dict[str, _Made] = {}
     with torch.no_grad():
         for done, (path, layer) in enumerate(layers.items(), start=1):
             one = made[path] = _layer(path, layer, name, rank)
             named = {**one.factors, **_bias(layer, name, one)}
-            tensors |= {f"{PREFIX}{path}.{key}": tensor.detach().clone() for key, tensor in named.items()}
+            place = f"{PREFIX}{names.wrapper(path)}"
+            tensors |= {f"{place}.{key}": tensor.detach().clone() for key, tensor in named.items()}
             said(done, len(layers))
     new = plain_config(
         config,
@@ -104,6 +108,8 @@ def convert(
         bias="none" if config.bias == "none" else "all" if config.bias == "all" else "lora_only",
         lora_bias=any(key.endswith(".lora_B.bias") for key in tensors),
     )
+    for key, source in heads_in_file(adapted, name, names).items():
+        tensors[f"{PREFIX}{key}"] = tensors[f"{PREFIX}{source}"].t().clone(memory_format=torch.contiguous_format)
     tensors |= _rest(adapted, name)
     return Converted(new, dict(sorted(tensors.items())), tuple(one.record for one in made.values()))
 
@@ -122,6 +128,9 @@ def _layer(path: str, layer: AdaptedLayer, name: str, rank: Rank | None) -> _Mad
         dtype = torch.promote_types(factors.A.dtype, factors.B.dtype)
         kept = stored(base, factors.A.to(dtype), factors.B.to(dtype), None)
         return _Made(kept, factors.scaling * new_r, ApproximatedLayer(path, r, new_r, _size(factors)))
+    if layer.kind == PARAMETER:
+        assert rank is not None
+        return _experts(path, layer, name, rank)
     if factors is not None:
         A, B = factors.A.double() * factors.scaling, factors.B.double()
         whole = spectrum_of_product(A, B)
@@ -155,6 +164,24 @@ def _approximated(
     return _Made(stored(base, A, B, None), float(new_r), record)
 
 
+def _experts(path: str, layer: AdaptedLayer, name: str, rank: Rank) -> _Made:
+    """Every expert by itself, all at the rank that the one needs that needs the most."""
+    base, r, own = layer.original, layer.r[name], layer.tensors(name)
+    A, B = (own[key].double() for key in base.factor_names)
+    pairs = split(A, B * layer.scaling[name], r)
+    spectra = [spectrum_of_product(*pair) for pair in pairs]
+    new_r = max(spectrum.rank_for(rank) for spectrum in spectra)
+    made: list[tuple[Tensor, Tensor]] = []
+    records = []
+    for (A_RI, B_OR), spectrum in zip(pairs, spectra, strict=True):
+        new_A, new_B = (factor.to(own[base.factor_names[0]].dtype) for factor in spectrum.factors(new_r))
+        norm = math.sqrt(spectrum.energy)
+        error = _norm(A_RI, B_OR, new_A, new_B) / norm if norm else 0.0
+        made.append((new_A, new_B))
+        records.append(ApproximatedLayer(path, r, new_r, norm, spectrum.kept(new_r), error))
+    return _Made(dict(zip(base.factor_names, joined(made), strict=True)), float(new_r), together(path, records))
+
+
 def _norm(A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor) -> float:
     """The norm of ``B A - new_B new_A``, in the small space of all four."""
     stacked = spectrum_of_product(torch.cat([A, new_A.double()]), torch.cat([B, -new_B.double()], 1))
@@ -184,12 +211,14 @@ def _bias(layer: AdaptedLayer, name: str, made: _Made) -> dict[str, Tensor]:
 
 def _rest(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
     """What the adapter's file holds beside its layers: whole modules, biases, trained rows."""
-    layers = tuple(f"{PREFIX}{path}." for path in adapted.layers_of(name))
-    return {
-        key: tensor
-        for key, tensor in adapter_state(adapted, name).items()
-        if key.startswith(PREFIX) and (not key.startswith(layers) or key.endswith(".base_layer.bias"))
-    }
+    names = adapted.names(name)
+    mine = {
+        f"{PREFIX}{names.wrapper(path)}.{spec.file_key or key}"
+        for path, layer in adapted.layers_of(name).items()
+        for key, spec in layer.specs[name].items()
+    } | {f"{PREFIX}{key}" for key in heads_in_file(adapted, name, names)}
+    state = adapter_state(adapted, name)
+    return {key: tensor for key, tensor in state.items() if key.startswith(PREFIX) and key not in mine}
 
 
 def convert_to_lora(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,25 +66,22 @@ def together(path: str, experts: Sequence[ApproximatedLayer]) -> ApproximatedLay
     return replace(first, path=path, norm=math.sqrt(total), kept=kept, error=math.sqrt(missed))
 
 
-def check_pairs(adapted: AdaptedModel, names: Iterable[str], doing: str) -> None:
-    """Check that adapters have one pair of factors of their own on each layer.
+def check_attention(adapted: AdaptedModel, name: str) -> None:
+    """Check that an adapter is on no attention as a whole, whose two weights have one rank.
 
     Raises:
-        UsageError: one is on experts, on an attention, or shares the factors of tied embeddings.
+        UsageError: it is.
     """
-    for name in names:
-        for path, layer in adapted.layers_of(name).items():
-            tied = is_tied(layer, name)
-            if tied or layer.read:
-                reason = "shares the factors of the embeddings" if tied else "has a layout of its own"
-                raise UsageError(
-                    f"Adapter {name!r} is on {path!r}, which {reason}, and {doing} knows one pair of factors for each "
-                    "layer only; merge the adapter into the model instead."
-                )
+    for path, layer in adapted.layers_of(name).items():
+        if layer.kind == "attention":
+            raise UsageError(
+                f"Adapter {name!r} is on {path!r}, an attention whose two weights have one rank, and converting gives "
+                "each layer the rank that it needs; merge the adapter into the model instead."
+            )
 
 
 def check_pairs_in_file(config: Mapping[str, Any], doing: str) -> None:
-    """The same for an adapter's config as it is read, before there is a model.
+    """Check an adapter's config as it is read, before there is a model that says what its tensors are.
 
     Raises:
         UsageError: it has target_parameters or ensure_weight_tying.
