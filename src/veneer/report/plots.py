@@ -15,6 +15,14 @@ PLOT_NAME = "loss.png"
 
 _INK, _GRID, _TRAIN, _HELD_OUT = "#30353b", "#e4e6e9", "#3b6fb6", "#d1622b"
 
+_UNITS = {
+    **dict.fromkeys(("seq_cls", "multiple_choice", "question_answering", "image_classification"), "example"),
+    "feature_extraction": "example",
+    "other": "example",
+    "token_cls": "word",
+}
+"""From tasks to what their loss is the mean over, where that is no token."""
+
 _OTHERS = {
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm",
@@ -32,6 +40,8 @@ class Curve:
     """The training loss, in nats a trained token, logged at each of ``steps``."""
     held_out_steps: tuple[int, ...]
     held_out_losses: tuple[float, ...]
+    unit: str = "trained token"
+    """What a loss is the mean over."""
     others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """What else is logged at each of ``steps``: from its title to the values, nan where there is none."""
 
@@ -53,6 +63,7 @@ def read_curve(folder: str | Path) -> Curve:
         losses=tuple(event["loss"] for event in steps),
         held_out_steps=tuple(event["step"] for event in held_out),
         held_out_losses=tuple(event["loss"] for event in held_out),
+        unit=_UNITS.get(start.get("task", ""), "trained token"),
         others={
             title: tuple(math.nan if event.get(name) is None else event[name] for event in steps)
             for name, title in _OTHERS.items()
@@ -150,7 +161,7 @@ def _draw(axes: Any, curve: Curve) -> None:
             )
     axes.set_title(curve.title, loc="left", color=_INK, fontsize=12, fontweight="bold")
     axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel("loss (nats per trained token)", color=_INK)
+    axes.set_ylabel(f"loss (per {curve.unit})", color=_INK)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(colors=_INK, length=0)
     axes.margins(x=0.02, y=0.12)
