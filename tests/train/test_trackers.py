@@ -15,6 +15,7 @@ from veneer.core.errors import ConfigError, TrainingError, UsageError
 from veneer.tasks.causal_lm import Task
 from veneer.train.config import TRACKERS, RunConfig
 from veneer.train.loop import train
+from veneer.train.trackers import Trackers
 
 FAKE = """
 import json, os, pathlib
@@ -96,13 +97,24 @@ def test_tensorboard_reads_the_curves_of_the_log(tmp_path: Path) -> None:
 def test_another_tracker_gets_config_curves_and_its_end(tmp_path: Path, wandb: Path) -> None:
     run(tmp_path / "run", "wandb")
     notes = [json.loads(line) for line in wandb.read_text().splitlines()]
-    assert notes[0] == ["init", {"project": "veneer", "name": "run", "mode": "offline"}]
+    identity = (tmp_path / "run" / "wandb-id.txt").read_text()
+    begun = {"project": "veneer", "name": "run", "mode": "offline", "id": identity, "resume": "allow"}
+    assert notes[0] == ["init", begun]
     assert notes[1][0] == "config"
     assert notes[1][1]["max_steps"] == 2
     curves = [(values["at"], values["train/loss"]) for what, values in notes if "train/loss" in values]
     assert curves == logged(tmp_path / "run", "step", "loss")
     assert [what for what, _ in notes].count("finish") == 1
     assert notes[-1][0] == "finish"
+
+
+def test_a_run_that_goes_on_is_the_same_one(tmp_path: Path, wandb: Path) -> None:
+    run(tmp_path / "run", "wandb")
+    folder = tmp_path / "run"
+    Trackers(RunConfig(output=str(folder), track="wandb")).finish()
+    begun = [values for what, values in map(json.loads, wandb.read_text().splitlines()) if what == "init"]
+    assert begun[0] == begun[1]
+    assert begun[0]["id"] == (folder / "wandb-id.txt").read_text()
 
 
 @pytest.mark.parametrize("error", [TrainingError, KeyboardInterrupt])

@@ -16,7 +16,7 @@ import torch
 
 from veneer.core.errors import DiskError
 from veneer.train.surroundings import surroundings
-from veneer.train.trackers import TENSORBOARD, Trackers
+from veneer.train.trackers import IDENTITY_NAME, TENSORBOARD, Trackers
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -79,6 +79,7 @@ class RunLog:
         """Remove the log, and the folder if nothing else is in it."""
         self.__exit__(None, None, None)
         self.path.unlink(missing_ok=True)
+        (self.path.parent / IDENTITY_NAME).unlink(missing_ok=True)
         shutil.rmtree(self.path.parent / TENSORBOARD, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()

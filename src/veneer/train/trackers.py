@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from veneer.core.disk import write_text
 from veneer.core.errors import TrainingError, UsageError
 from veneer.train.config import TRACKERS, RunConfig
 
@@ -20,6 +22,9 @@ PROJECT = "veneer"
 
 TENSORBOARD = "tensorboard"
 """The folder of a run that TensorBoard reads."""
+
+IDENTITY_NAME = "wandb-id.txt"
+"""The file of a run that has its identity at wandb."""
 
 _OFFLINE = {
     "wandb": ("WANDB_MODE", "offline"),
@@ -101,13 +106,16 @@ def _started(name: str, config: RunConfig) -> GeneralTracker:
     folder = Path(config.output).expanduser()
     made = LOGGER_TYPE_TO_CLASS[name]
     tracker: GeneralTracker
+    same = _the_same(folder) if name == "wandb" else {}
     if name == TENSORBOARD:
         tracker = made(TENSORBOARD, folder)
     elif made.requires_logging_directory:
         tracker = made(PROJECT, folder)
     else:
-        tracker = made(PROJECT, **_named(name, folder.name))
+        tracker = made(PROJECT, **_named(name, folder.name), **same)
     tracker.start()
+    if same:
+        write_text(folder / IDENTITY_NAME, same["id"])
     tracker.store_init_configuration({key: _plain(value) for key, value in config.to_dict().items()})
     return tracker
 
@@ -116,6 +124,13 @@ def _named(tracker: str, run: str) -> dict[str, str]:
     """What gives the run its folder's name, where a tracker takes one."""
     words = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
     return {words[tracker]: run} if tracker in words else {}
+
+
+def _the_same(folder: Path) -> dict[str, str]:
+    """What lets a run that goes on be one run at wandb, and no second one of that name."""
+    kept = folder / IDENTITY_NAME
+    known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else uuid.uuid4().hex
+    return {"id": known, "resume": "allow"}
 
 
 def _plain(value: Any) -> bool | int | float | str:
