@@ -45,8 +45,17 @@ def check(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> None:
     found = language_loss(model, {"input_ids": ids}, labels)
     assert found.units == int((labels[:, 1:] != -100).sum())
     torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=1e-5)
+    each = language_loss(model, {"input_ids": ids}, labels, reduction="none").total
+    with torch.no_grad():
+        alike = language_loss(model, {"input_ids": ids}, labels, reduction="none").total
+    torch.testing.assert_close(alike, each)
+    assert each.shape == (found.units,)
+    torch.testing.assert_close(each.sum(), expected, rtol=1e-5, atol=1e-5)
     found.total.backward()
     got = gradients(model)
+    each.sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
     assert got.keys() == wanted.keys()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)

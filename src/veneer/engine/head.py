@@ -15,7 +15,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from veneer.adapters.model import PeftModel
 
 IGNORED = -100
 """The label of a token that is not supervised; torch's cross entropy skips it."""
+Reduction = Literal["sum", "none"]
+
 CHUNK = 256
 """Tokens whose logits exist at a time: enough for a fast product, and 50 MB at a vocabulary of 49,152."""
 
@@ -47,7 +49,7 @@ class HeadLoss:
     """The loss over the supervised tokens of a batch."""
 
     total: Tensor
-    """Its sum, a scalar with a graph behind it where gradients are on."""
+    """Its sum, a scalar with a graph behind it where gradients are on; without reduction (N,), each token's own."""
     units: int
     """N, the number of supervised tokens."""
     correct: int
@@ -58,7 +60,9 @@ _forms: weakref.WeakKeyDictionary[nn.Module, HeadForm | None] = weakref.WeakKeyD
 """From a head to what its model does behind it; None where that is something else."""
 
 
-def language_loss(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor) -> HeadLoss:
+def language_loss(
+    model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, reduction: Reduction = "sum"
+) -> HeadLoss:
     """The summed cross entropy of a causal language model, each supervised token predicted from those before it.
 
     >>> language_loss(model, {"input_ids": ids}, labels).total.backward()
@@ -67,6 +71,7 @@ def language_loss(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor) -
         model: a transformers model with a language head, adapted, wrapped for several processes, or plain.
         inputs: its arguments without labels.
         labels_BT: token ids, ``-100`` where not supervised; the first of a row is never supervised.
+        reduction: "none" gives each supervised token's own, row by row.
     """
     targets_BT = labels_BT[:, 1:]
     # Positions that no row is supervised at need no logits: the head is much of a small model.
@@ -84,15 +89,15 @@ def language_loss(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor) -
     head = output_head(bare)
     form = None if head is None else form_of(bare)
     if head is None or form is None:
-        return _of_logits(chosen(model(**inputs).logits), targets_N)
+        return _of_logits(chosen(model(**inputs).logits), targets_N, reduction)
     found: list[HeadLoss] = []
     project = head.forward
     split = is_split(bare)
 
     def instead(x: Tensor) -> Tensor:
-        found.append(_of_hidden(chosen(x), head, project, form, targets_N))
+        found.append(_of_hidden(chosen(x), head, project, form, targets_N, reduction))
         # No logits. Those of a split model have the loss behind them, see below.
-        return x[..., :0].detach() + found[0].total if split else x[..., :0]
+        return x[..., :0].detach() + found[0].total.sum() if split else x[..., :0]
 
     with _answering(head, instead):
         nothing = model(**inputs).logits
@@ -191,18 +196,22 @@ def _answering(module: nn.Module, answer: Callable[[Tensor], Tensor]) -> Iterato
 
 
 def _of_hidden(
-    h_ND: Tensor, head: nn.Module, project: Callable[[Tensor], Tensor], form: HeadForm, targets_N: Tensor
+    h_ND: Tensor,
+    head: nn.Module,
+    project: Callable[[Tensor], Tensor],
+    form: HeadForm,
+    targets_N: Tensor,
+    reduction: Reduction,
 ) -> HeadLoss:
     if not targets_N.numel():
         # A process that has nothing to do in this step still goes backward with the others.
-        return HeadLoss(h_ND.float().sum() * 0.0, 0, 0)
+        return HeadLoss(h_ND.float().sum(-1 if reduction == "none" else None) * 0.0, 0, 0)
+    chunks = list(zip(h_ND.split(CHUNK), targets_N.split(CHUNK), strict=True))
+    join: Callable[[list[Tensor]], Tensor] = torch.cat if reduction == "none" else _sum
     if not torch.is_grad_enabled():
-        total, correct = h_ND.new_zeros((), dtype=torch.float32), 0
-        for h, targets in zip(h_ND.split(CHUNK), targets_N.split(CHUNK), strict=True):
-            part = _of_logits(form(project(h)), targets)
-            total, correct = total + part.total, correct + part.correct
-        return HeadLoss(total, targets_N.numel(), correct)
-    if form.cap is None and _is_plain(head) and not torch.is_autocast_enabled(h_ND.device.type):
+        found = [_of_logits(form(project(h)), targets, reduction) for h, targets in chunks]
+        return HeadLoss(join([one.total for one in found]), targets_N.numel(), sum(one.correct for one in found))
+    if reduction == "sum" and form.cap is None and _is_plain(head) and not torch.is_autocast_enabled(h_ND.device.type):
         h_ND = h_ND if form.scale == 1.0 else h_ND * form.scale
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
         bias: Any = head.bias if head.bias is None or form.scale == 1.0 else head.bias * form.scale
@@ -210,18 +219,19 @@ def _of_hidden(
         return HeadLoss(total, targets_N.numel(), 0)
 
     def part(h: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(form(project(h).float()), targets, reduction="sum")
+        return F.cross_entropy(form(project(h).float()), targets, reduction=reduction)
 
     # An adapted or quantised head computes its logits once more in the backward pass instead of keeping them.
-    parts = [
-        checkpoint(part, h, targets, use_reentrant=False)
-        for h, targets in zip(h_ND.split(CHUNK), targets_N.split(CHUNK), strict=True)
-    ]
-    return HeadLoss(torch.stack(parts).sum(), targets_N.numel(), 0)
+    parts = [checkpoint(part, h, targets, use_reentrant=False) for h, targets in chunks]
+    return HeadLoss(join(parts), targets_N.numel(), 0)
 
 
-def _of_logits(logits_NV: Tensor, targets_N: Tensor) -> HeadLoss:
-    total = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+def _sum(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum()
+
+
+def _of_logits(logits_NV: Tensor, targets_N: Tensor, reduction: Reduction) -> HeadLoss:
+    total = F.cross_entropy(logits_NV.float(), targets_N, reduction=reduction)
     correct = 0 if torch.is_grad_enabled() else int((logits_NV.argmax(-1) == targets_N).sum())
     return HeadLoss(total, targets_N.numel(), correct)
 

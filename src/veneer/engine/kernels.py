@@ -17,6 +17,7 @@ from torch import nn
 from veneer.adapters.layer import AdaptedLayer
 from veneer.engine.groups import GroupedLinear, groups_of
 from veneer.engine.head import underlying
+from veneer.engine.inputs import token_inputs
 from veneer.engine.mlps import fused_mlp
 from veneer.engine.norms import fused_norm
 from veneer.engine.rotation import fused_rotation
@@ -92,7 +93,7 @@ def _groups(model: Any) -> list[Any]:
     if getattr(model, "main_input_name", None) != "input_ids" or model.get_input_embeddings() is None:
         return []
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    inputs = token_inputs(model, ids)
     was_training = model.training
     model.eval()
     try:

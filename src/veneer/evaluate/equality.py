@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.errors import UsageError
+from veneer.engine.inputs import token_inputs
 
 _TOKENS = 32
 _ROWS = 2
@@ -52,8 +53,8 @@ def fixed_input(model: nn.Module) -> dict[str, Tensor]:
     if name == "input_ids":
         vocabulary = config.get_text_config().vocab_size
         ids = (torch.arange(_ROWS * _TOKENS, device=device) * 7919 % vocabulary).reshape(_ROWS, _TOKENS)
-        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return {**given, "decoder_input_ids": ids} if config.is_encoder_decoder else given
+        given = token_inputs(model, ids)
+        return {**given, "attention_mask": torch.ones_like(given["input_ids"])}
     if name == "pixel_values":
         side = config.image_size
         shape = (1, config.num_channels, side, side) if isinstance(side, int) else (1, config.num_channels, *side)

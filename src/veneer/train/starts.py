@@ -77,7 +77,8 @@ def _eva(model: nn.Module, config: LoraConfig, task: AbstractTask, batches: list
         """(B, T): which tokens count; None where the batch has no tokens."""
         if "input_ids" not in batch:
             return None
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        # Of choices, (B, C, T): a model goes through them as through so many rows.
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2).bool()
         labels = batch.get("labels")
         if options.use_label_mask and labels is not None and labels.shape == mask.shape:
             mask = mask & (labels != options.label_mask_value)
