@@ -59,7 +59,7 @@ def content(file: str) -> bytes:
     Raises:
         OSError: it is gone, or cannot be read.
     """
-    return base64.b64decode(file.removeprefix(_IN_ROW)) if file.startswith(_IN_ROW) else Path(file).read_bytes()
+    return base64.b64decode(file.removeprefix(_IN_ROW)) if in_row(file) else Path(file).read_bytes()
 
 
 def known(row: Row, file: str) -> tuple[bytes, dict[str, str]]:
@@ -75,9 +75,14 @@ def known(row: Row, file: str) -> tuple[bytes, dict[str, str]]:
     return found, {"file": file, "sha256": hashlib.sha256(found).hexdigest()}
 
 
+def in_row(file: str) -> bool:
+    """Whether the content stands in the row itself."""
+    return file.startswith(_IN_ROW)
+
+
 def named(file: str) -> str:
     """What to call a file in a sentence."""
-    return "the file in the row" if file.startswith(_IN_ROW) else repr(file)
+    return "the file in the row" if in_row(file) else repr(file)
 
 
 def _path(row: Row, column: str, name: str) -> str:

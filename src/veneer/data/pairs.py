@@ -65,7 +65,9 @@ def encode_pairs(
             continue
         if over:
             cut.append(over)
-        examples.append(Encoded(row.origin, _cut(ids, max_length, truncate), _cut(labels, max_length, truncate)))
+        examples.append(
+            Encoded(row.origin, cut_target(ids, max_length, truncate), cut_target(labels, max_length, truncate))
+        )
     lengths = [len(example.input_ids) + len(example.labels) for example in examples]
     report = EncodingReport(
         rows=len(rows),
@@ -81,8 +83,11 @@ def encode_pairs(
     return EncodedSet(tuple(examples), report)
 
 
-def _cut(ids: list[int], most: int, truncate: Truncation) -> list[int]:
-    """At most so many tokens, the last one kept: it is the end token, where there is one."""
+def cut_target(ids: list[int], most: int, truncate: Truncation) -> list[int]:
+    """At most so many tokens, the last one kept: it is the end token, where there is one.
+
+    With truncate "start" the first ones go, else those before the last.
+    """
     if len(ids) <= most:
         return ids
     return ids[-most:] if truncate == "start" else [*ids[: most - 1], ids[-1]]

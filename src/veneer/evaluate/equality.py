@@ -14,6 +14,7 @@ from veneer.engine.inputs import token_inputs
 
 _TOKENS = 32
 _ROWS = 2
+_SAMPLES, _FRAMES = 16_000, 100
 # Roundings between two orders of the same sums, in units of the dtype's epsilon, about four times what correct
 # merges of models of 2 to 30 layers show. Sums are kept in float32, so the halves are rounded once a layer only.
 _SLACK = {torch.bfloat16: 16.0, torch.float16: 16.0, torch.float32: 128.0, torch.float64: 128.0}
@@ -42,10 +43,10 @@ class Difference:
 
 
 def fixed_input(model: nn.Module) -> dict[str, Tensor]:
-    """The same input every time for a model: token ids, or an image, that touch its whole range.
+    """The same input every time for a model: token ids, an image or a sound, that touch its whole range.
 
     Raises:
-        UsageError: a model that takes neither.
+        UsageError: a model that takes none of these.
     """
     config: Any = model.config
     device = next(model.parameters()).device
@@ -59,10 +60,28 @@ def fixed_input(model: nn.Module) -> dict[str, Tensor]:
         side = config.image_size
         shape = (1, config.num_channels, side, side) if isinstance(side, int) else (1, config.num_channels, *side)
         return {name: torch.linspace(-1, 1, math.prod(shape), device=device).reshape(shape).to(_dtype(model))}
+    sound = _sound(name, config)
+    if sound is not None:
+        given = {name: torch.linspace(-1, 1, math.prod(sound), device=device).reshape(sound).to(_dtype(model))}
+        if not config.is_encoder_decoder:
+            return given
+        ids = torch.arange(_TOKENS, device=device) * 7919 % config.get_text_config().vocab_size
+        return {**given, "decoder_input_ids": ids[None]}
     raise UsageError(
         f"{type(model).__name__} takes {name}, for which there is no fixed input to compare two models on; "
         "merge it without the comparison (--no-verify)."
     )
+
+
+def _sound(name: str, config: Any) -> tuple[int, ...] | None:
+    """The shape of a sound for a model: samples, or features in the order of Whisper's or that of others."""
+    if name == "input_values":
+        return 1, _SAMPLES
+    if name == "input_features" and config.model_type == "whisper":
+        return 1, config.num_mel_bins, 2 * config.max_source_positions
+    if name == "input_features" and hasattr(config, "input_feat_per_channel"):
+        return 1, _FRAMES, config.input_feat_per_channel * config.input_channels
+    return None
 
 
 def outputs(model: nn.Module, given: dict[str, Tensor]) -> Tensor:

@@ -82,7 +82,7 @@ def load_model(
     model_class = getattr(transformers, auto_class)
     # Mismatches are let through so that they come back in the report instead of as a table on the screen.
     given = {"dtype": dtype, "ignore_mismatched_sizes": True, **_SAFE, **options}
-    with _in_one_sentence(name_or_path, f"could not be loaded with {auto_class}"), _log_errors_only():
+    with _in_one_sentence(name_or_path, f"could not be loaded with {auto_class}"), log_errors_only():
         model, report = model_class.from_pretrained(_source(name_or_path), output_loading_info=True, **given)
     if quantize is not None:
         leave_file(model)
@@ -195,7 +195,7 @@ def load_processor(name_or_path: str | Path, auto_class: str) -> Any:
     options = {"backend": "pil"} if kind == "AutoImageProcessor" else {}
     with (
         _in_one_sentence(name_or_path, f"has no {kind.removeprefix('Auto')} that this transformers can read"),
-        _log_errors_only(),
+        log_errors_only(),
     ):
         return getattr(transformers, kind).from_pretrained(source, **options, **_SAFE)
 
@@ -297,7 +297,7 @@ def _check_report(
 
 
 @contextlib.contextmanager
-def _log_errors_only() -> Iterator[None]:
+def log_errors_only() -> Iterator[None]:
     """The load report of transformers is told in veneer's words instead."""
     from transformers.utils import logging
 

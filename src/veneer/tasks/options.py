@@ -27,7 +27,7 @@ class TaskOptions:
     prefix: str | None = None
     """Text to put before every source, as T5 wants: "translate English to German: "."""
     languages: str | None = None
-    """From which language to which, as in en-de: the names that the data or the tokenizer has for them."""
+    """From which language to which, as in en-de, by the data's or tokenizer's names; for speech de, or de-en."""
     judge_by: str | None = None
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
     pooling: Pooling = "auto"

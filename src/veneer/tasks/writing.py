@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.data.encode import Encoded
 from veneer.data.sources import Row
+from veneer.tasks.loading import log_errors_only
 from veneer.tasks.sampling import Sampling
 from veneer.tasks.task import AbstractTask, Goals, Prediction
 
@@ -55,6 +56,10 @@ class AbstractWriter(AbstractTask):
 
     def details(self, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, Any]:
         return {}
+
+
+_TEXT_ALONE = frozenset({"whisper"})
+"""Types of models whose ``generate`` leaves out the tokens that begin and end a text."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,11 @@ def _answers(
     tokenizer = getattr(processor, "tokenizer", processor)
     options = choices(model, tokenizer, sampling)
     placed = {key: tensor.to(model.device) for key, tensor in given.items()}
+    if model.config.model_type in _TEXT_ALONE:
+        # It takes one end token, no list, and warns of what it does itself.
+        with log_errors_only():
+            out = model.generate(**placed, **{**options, "eos_token_id": tokenizer.eos_token_id}, **more)
+        return [_alone(row, options, tokenizer) for row in out.tolist()]
     out = model.generate(**placed, **options, **more)
     start = 0 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
     found = []
@@ -154,3 +164,12 @@ def _answers(
         ids = row if end is None else row[: end + 1]
         found.append(Written(tokenizer.decode(ids, skip_special_tokens=True), len(ids) - first, end is not None))
     return found
+
+
+def _alone(row: list[int], options: dict[str, Any], tokenizer: Any) -> Written:
+    """A text that is padded behind its end, the end token left out."""
+    fillers = {options["pad_token_id"], *(options["eos_token_id"] or ())}
+    while row and row[-1] in fillers:
+        row = row[:-1]
+    stopped = len(row) < options["max_new_tokens"]
+    return Written(tokenizer.decode(row, skip_special_tokens=True), len(row) + stopped, stopped)
