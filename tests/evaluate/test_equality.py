@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests import chat
+from tests import chat, speech
 from veneer.core.errors import UsageError
 from veneer.evaluate.equality import difference, fixed_input, outputs
 
@@ -42,22 +42,45 @@ def test_other_kinds_of_models() -> None:
         transformers.T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, vocab_size=64)
     )
     assert outputs(t5, fixed_input(t5)).shape == (2, 32, 64)
-    with pytest.raises(UsageError, match="no fixed input"):
-        fixed_input(
-            transformers.WhisperForConditionalGeneration(
-                transformers.WhisperConfig(
-                    d_model=16,
-                    encoder_layers=1,
-                    decoder_layers=1,
-                    encoder_attention_heads=2,
-                    decoder_attention_heads=2,
-                    vocab_size=64,
-                    pad_token_id=0,
-                    decoder_start_token_id=1,
-                    bos_token_id=1,
-                    eos_token_id=1,
-                    suppress_tokens=None,
-                    begin_suppress_tokens=None,
-                )
+    series = transformers.PatchTSTConfig(d_model=8, num_attention_heads=2, ffn_dim=8, num_hidden_layers=1)
+    with pytest.raises(UsageError, match="takes past_values, for which there is no fixed input"):
+        fixed_input(transformers.PatchTSTForPrediction(series))
+
+
+def test_models_of_sound_have_a_fixed_input() -> None:
+    made = [
+        speech.model(),
+        transformers.Speech2TextForConditionalGeneration(
+            transformers.Speech2TextConfig(
+                vocab_size=64,
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                conv_channels=16,
+                input_feat_per_channel=8,
             )
-        )
+        ),
+        transformers.HubertForCTC(
+            transformers.HubertConfig(
+                vocab_size=32,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                conv_dim=(8, 8),
+                conv_stride=(5, 4),
+                conv_kernel=(10, 8),
+                num_feat_extract_layers=2,
+                num_conv_pos_embeddings=8,
+                num_conv_pos_embedding_groups=2,
+            )
+        ),
+    ]
+    for model in made:
+        given = fixed_input(model)
+        assert outputs(model, given).isfinite().all()
+        assert torch.equal(outputs(model, given), outputs(model, fixed_input(model)))
