@@ -39,7 +39,7 @@ def fingerprint(
     )
     key = tuple(sorted(leave_out))
     before = adapted.index.marks.get(key)
-    if before is not None and any(_is_part(p) for p in parameters):
+    if before is not None and _are_parts(parameters):
         # Frozen and split over processes: it is what it was when it was whole.
         return before[1]
     if before is None or state is None or before[0] != state:
@@ -57,7 +57,7 @@ def _mark(adapted: AdaptedModel, leave_out: Collection[str], read: Callable[[str
     known = True
     for name in sampled:
         parameter = read(name)
-        if parameter.is_meta or not parameter.is_floating_point() or _is_part(parameter):
+        if parameter.is_meta or not parameter.is_floating_point() or _are_parts([parameter]):
             known = False
             continue
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
@@ -66,11 +66,11 @@ def _mark(adapted: AdaptedModel, leave_out: Collection[str], read: Callable[[str
     return f"{shapes.hexdigest()[:16]}-{'+'.join(sorted(dtypes))}-{samples}"
 
 
-def _is_part(parameter: Tensor) -> bool:
-    """Whether a parameter is split over several processes, so that reading it would wait for all of them."""
-    # Loaded already when there is one.
+def _are_parts(parameters: Collection[Tensor]) -> bool:
+    """Whether any parameter is split over several processes, so that reading it would wait for all of them."""
+    # Loaded already when there is one. By their kinds: there are thousands of parameters and a few kinds.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(parameter, module.DTensor)
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, parameters)))
 
 
 def differs(saved: str, here: str) -> str | None:
