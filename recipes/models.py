@@ -36,6 +36,30 @@ def encoder_decoder(folder: Path, tokenizer: str) -> Path:
     return folder
 
 
+def vision(folder: Path) -> Path:
+    """A small vision transformer with random weights, for grey images of 8 by 8 pixels."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        config = ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=128,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=5,
+        )
+        ViTForImageClassification(config).save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--into", type=Path, default=Path("models"))
@@ -46,6 +70,7 @@ def main() -> None:
         if not place.exists():
             place.symlink_to(Path(fetch(print)).resolve())
     encoder_decoder(into / "encoder-decoder", str(into / "minilm"))
+    vision(into / "vit")
     print(f"Models in {into}: {', '.join(sorted(path.name for path in into.iterdir()))}")
 
 

@@ -3,7 +3,7 @@
     python recipes/originals.py FOLDER [--into data]
 
 FOLDER has a folder for each data set, with the files that its source publishes (recipes/README.md says where from).
-What is not there is passed over. Every file that is written has one example a line.
+The digits come with scikit-learn. What is not there is passed over. Every file that is written has one example a line.
 """
 
 from __future__ import annotations
@@ -97,6 +97,12 @@ def multi30k(folder: Path, split: str) -> Rows:
             yield {"translation": {"English": source.strip(), "German": target.strip()}}
 
 
+def multi30k_vectors(folder: Path, split: str) -> Rows:
+    """The captions as pairs that belong together."""
+    for row in multi30k(folder, split):
+        yield {"anchor": row["translation"]["English"], "positive": row["translation"]["German"]}
+
+
 def wikisql(folder: Path, split: str) -> Rows:
     """Questions to a table, and the query that answers each."""
     name = {"train": "train", "dev": "valid", "test": "test"}[split]
@@ -151,6 +157,7 @@ SETS: dict[str, tuple[str, Callable[[Path, str], Rows], tuple[str, ...]]] = {
     "xquad": ("xquad", xquad, ("train", "dev")),
     "codah": ("codah", codah, ("train", "dev", "test")),
     "multi30k": ("multi30k", multi30k, ("train", "dev")),
+    "multi30k-vectors": ("multi30k", multi30k_vectors, ("train", "dev")),
     "wikisql": ("wikisql_mlx", wikisql, ("train", "dev", "test")),
     "gsm8k": ("gsm8k", gsm8k, ("train", "dev")),
     "self-instruct": ("self_instruct", self_instruct, ("train", "dev")),
@@ -174,12 +181,29 @@ def convert(originals: Path, into: Path) -> list[str]:
     return missing
 
 
+def digits(into: Path) -> None:
+    """Scans of handwritten digits, which come with scikit-learn: 0 to 4 as ``low`` and 5 to 9 as ``high``.
+
+    A folder for each digit; every fifth image is for the test.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    for number, (scan, digit) in enumerate(zip(scans.images, scans.target, strict=True)):
+        split = "test" if number % 5 == 0 else "train"
+        folder = into / "digits" / ("low" if digit < 5 else "high") / split / str(digit)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((scan * 255 / 16).astype("uint8")).save(folder / f"{number:04}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("originals", type=Path)
     parser.add_argument("--into", type=Path, default=Path("data"))
     options = parser.parse_args()
     missing = convert(options.originals, options.into)
+    digits(options.into)
     print(f"{len(SETS) - len(missing)} data sets in {options.into}; no originals of: {', '.join(missing) or 'none'}")
 
 

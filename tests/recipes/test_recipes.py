@@ -30,7 +30,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-RUN, ORIGINALS = script("run"), script("originals")
+RUN, ORIGINALS, MODELS = script("run"), script("originals"), script("models")
 
 
 def originals(folder: Path) -> None:
@@ -78,6 +78,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     originals(folder / "originals")
     assert ORIGINALS.convert(folder / "originals", folder / "data") == []
+    ORIGINALS.digits(folder / "data")
+    MODELS.vision(folder / "models" / "vit")
     chat.saved(folder / "models" / "smollm2")
     words.saved(folder / "models" / "minilm")
     torch.manual_seed(0)

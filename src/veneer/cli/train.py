@@ -119,7 +119,7 @@ def _show_record(screen: Console, record: RunRecord, pictures: list[Path]) -> No
         rows["held-out loss"] = (
             f"{before['loss']:.4f} before, " + (f"{after['loss']:.4f} after, " if after else "") + best
         )
-    for name in (after or {}).keys() - {"loss", "perplexity"}:
+    for name in [name for name in after or {} if name not in ("loss", "perplexity")]:
         rows[f"held-out {name.replace('_', ' ')}"] = (
             f"{(before or {}).get(name, float('nan')):.4f} before, {(after or {})[name]:.4f} after"
         )

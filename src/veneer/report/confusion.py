@@ -55,7 +55,7 @@ def confusion_plot(confusion: Mapping[str, Any], path: Path) -> Path:
     )
     axes.set_yticks(range(len(labels)), labels, fontsize=size)
     axes.set_xlabel("predicted", color=_INK)
-    axes.set_ylabel("right", color=_INK)
+    axes.set_ylabel("true label", color=_INK)
     axes.tick_params(colors=_INK, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
