@@ -67,6 +67,10 @@ def recipes() -> dict[str, Recipe]:
 def run(recipe: Recipe, steps: int | None) -> dict[str, Any]:
     """Train and measure, in the folder that the program is in."""
     config = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
+    before = Path(config["model"]).parts
+    if before[0] == "runs" and not Path(config["model"]).exists():
+        # It goes on from what another recipe has trained.
+        run(recipes()[before[1]], steps)
     output = Path(config["output"])
     shutil.rmtree(output, ignore_errors=True)
     began = time.perf_counter()

@@ -105,6 +105,7 @@ def test_originals_become_rows(work: Path) -> None:
     assert ORIGINALS.convert(work / "nothing", work / "elsewhere") == list(ORIGINALS.SETS)
 
 
+@pytest.mark.filterwarnings("ignore:The model's head told 0, 1")
 @pytest.mark.parametrize("name", RUN.recipes())
 def test_a_recipe_runs(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
