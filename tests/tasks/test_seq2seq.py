@@ -209,3 +209,17 @@ def test_trained_saved_and_merged_it_writes_the_same(
         assert main(["eval", *given, "--data", str(data), "--answers", "3", "--json"]) == 0
         assert "chrf" in json.loads(capsys.readouterr().out) or name == "seq2seq_lm"
     assert found[0] == found[1]
+
+
+def test_a_language_model_that_translates_is_merged_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, llama = chat.written(tmp_path / "train.jsonl", TRANSLATIONS), chat.saved(tmp_path / "llama")
+    run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
+    asked = ["train", "--model", str(llama), "--data", str(data), "--output", run, "--task", "translation"]
+    assert main([*asked, "--languages", "en-de", "--max-steps", "2", "--learning-rate", "0.02"]) == 0
+    assert main(["merge", "--model", str(llama), "--adapter", run, "--output", merged]) == 0
+    found = []
+    for given in (["--adapter", run], ["--model", merged]):
+        capsys.readouterr()
+        assert main(["predict", *given, "--data", str(data), "--max-new-tokens", "6", "--json"]) == 0
+        found.append([one["text"] for one in json.loads(capsys.readouterr().out)["predictions"]])
+    assert found[0] == found[1]

@@ -36,8 +36,12 @@ class Task(AbstractWriter):
     prefix: str = ""
     languages: tuple[str, str] | None = None
 
-    task_type: ClassVar[TaskType] = TaskType.TRANSLATION
     columns: ClassVar[tuple[str, ...]] = (_TRANSLATION, "source", "target")
+
+    @property
+    def task_type(self) -> TaskType:  # type: ignore[override]
+        # By its type an adapter finds the class of its base again.
+        return TaskType.CAUSAL_LM if isinstance(self.inner, causal_lm.Task) else TaskType.TRANSLATION
 
     @property
     def auto_class(self) -> str:  # type: ignore[override]
