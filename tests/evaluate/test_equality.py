@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests import chat, speech
+from tests import chat, speech, words
 from veneer.core.errors import UsageError
 from veneer.evaluate.equality import difference, fixed_input, outputs
 
@@ -84,3 +84,17 @@ def test_models_of_sound_have_a_fixed_input() -> None:
         given = fixed_input(model)
         assert outputs(model, given).isfinite().all()
         assert torch.equal(outputs(model, given), outputs(model, fixed_input(model)))
+
+
+def test_where_spans_end_is_compared_too() -> None:
+    model = transformers.BertForQuestionAnswering(words.config())
+    given = fixed_input(model)
+    before = outputs(model, given)
+    with torch.no_grad():
+        model.qa_outputs.bias[1] += 1
+    assert not difference(before, outputs(model, given), torch.float32).equal
+
+
+def test_choices_are_those_of_one_question() -> None:
+    model = transformers.BertForMultipleChoice(words.config())
+    assert outputs(model, fixed_input(model)).shape == (1, 2)

@@ -85,15 +85,16 @@ def _sound(name: str, config: Any) -> tuple[int, ...] | None:
 
 
 def outputs(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
-    """The model's first output on an input, in float32, without dropout. The model's mode is kept."""
+    """The model's first output on an input, of spans both, in float32, without dropout. The model's mode is kept."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            result = model(**given)[0]
+            result = model(**given)
     finally:
         model.train(training)
-    return result.float()
+    ends = getattr(result, "end_logits", None)
+    return (result[0] if ends is None else torch.stack([result[0], ends])).float()
 
 
 def difference(expected: Tensor, found: Tensor, dtype: torch.dtype) -> Difference:
