@@ -40,6 +40,7 @@ RUN_FIELDS = (
         "languages",
         "judge_by",
         "pooling",
+        "code",
         "method",
         "epochs",
         "max_steps",
@@ -87,7 +88,7 @@ SURFACE = {
     "runs": {"--compare", "--plot", "--force"},
     "data": {
         *("--model", "--preview", "--task", "--max-length", "--truncate", "--train-on", "--columns", "--batch-size"),
-        *("--workers", "--cache", "--labels", "--problem", "--prefix", "--languages", "--stride"),
+        *("--workers", "--cache", "--labels", "--problem", "--prefix", "--languages", "--stride", "--code"),
     },
     "generate": {
         "--model",
@@ -104,10 +105,10 @@ SURFACE = {
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
         *("--task", "--max-length", "--train-on", "--columns", "--batch-size", "--on-bad-row", "--workers", "--cache"),
-        *("--answers", "--max-new-tokens", "--plot"),
+        *("--answers", "--max-new-tokens", "--plot", "--code"),
     },
     "predict": {
-        *("--data", "--model", "--adapter", "--dtype", "--quantize", "--output", "--force"),
+        *("--data", "--model", "--adapter", "--dtype", "--quantize", "--output", "--force", "--code"),
         *("--task", "--max-length", "--columns", "--batch-size"),
         *("--max-new-tokens", "--temperature", "--top-p", "--seed"),
     },

@@ -23,8 +23,8 @@ SHARES = (0, 10, 50, 90, 99, 100)
 
 
 @run_options(
-    *("task", "labels", "problem", "prefix", "languages", "stride", "max_length", "truncate", "train_on"),
-    *("columns", "batch_size", "workers", "cache"),
+    *("task", "labels", "problem", "prefix", "languages", "stride", "code", "max_length", "truncate"),
+    *("train_on", "columns", "batch_size", "workers", "cache"),
 )
 def data(
     paths: Annotated[
@@ -51,7 +51,7 @@ def data(
     settings = RunConfig(**run_values, data=paths, eval_fraction=0, on_bad_row="skip", output="-")
     task = tasks.get(settings.task)
     asked = asked_for(settings, task, None, None)
-    config, said = _config(model)
+    config, said = _config(model) if task.pretrained else (None, [])
     task = fitted(task, asked, settings, config)
     tokenizer, notes = task.prepare(asked, task.processor(model))
     notes = [*said, *notes]

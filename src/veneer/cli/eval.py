@@ -24,7 +24,7 @@ _DEFAULT, _HELP = Sampling(), field_docs(Sampling)
 
 
 @run_options(
-    *("task", "max_length", "train_on", "columns", "on_bad_row", "workers", "cache", "batch_size", "quantize"),
+    *("task", "code", "max_length", "train_on", "columns", "on_bad_row", "workers", "cache", "batch_size", "quantize"),
 )
 def evaluate(
     data: Annotated[list[str], typer.Option(metavar="FILE", help="A data file or a folder of them; may be repeated.")],
@@ -58,7 +58,9 @@ def evaluate(
     settings = RunConfig(**run_values, output="-")
     files, note = _files(data)
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    subject = Subject.load(model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize)
+    subject = Subject.load(
+        model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize, code=settings.code
+    )
     asked = subject.asked(files, settings.columns)
     found = score(subject, asked, settings)
     if answers:

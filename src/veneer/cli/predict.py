@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DEFAULT, _HELP = Sampling(), field_docs(Sampling)
 
 
-@run_options("task", "max_length", "columns", "batch_size", "quantize")
+@run_options("task", "code", "max_length", "columns", "batch_size", "quantize")
 def predict(
     data: Annotated[list[str], typer.Option(metavar="FILE", help="A data file or a folder of them; may be repeated.")],
     model: Annotated[
@@ -59,7 +59,9 @@ def predict(
     if output is not None and output.exists() and not force:
         raise UsageError(f"The output {str(output)!r} exists; name another, or replace it with --force.")
     read = read_rows(data)
-    subject = Subject.load(model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize)
+    subject = Subject.load(
+        model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize, code=settings.code
+    )
     rows = subject.rows(read, settings.columns)
     found = _predicted(subject, rows, settings, sampling)
     lines = [json.dumps(line, ensure_ascii=False) for line in found]
@@ -94,4 +96,5 @@ def _predicted(subject: Subject, rows: list[Row], settings: RunConfig, sampling:
             ]
         how = {"max_length": most, "train_on": settings.train_on, "labelled": False}
         examples = list(task.encode(rows, processor, **how).examples)
-        return ask(task, model, examples, processor, batch_size=size, device=model.device, on_share=on_share)
+        device = next(model.parameters()).device
+        return ask(task, model, examples, processor, batch_size=size, device=device, on_share=on_share)

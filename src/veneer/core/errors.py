@@ -54,6 +54,10 @@ class TrainingError(VeneerError):
     """A run that cannot go on: a loss that is not finite, nothing to train."""
 
 
+class CodeError(TrainingError):
+    """A user's own code for a task that fails, or does not give what it has to."""
+
+
 class DiskError(VeneerError, OSError):
     """A file that could not be written whole; what stood there before still stands."""
 

@@ -50,7 +50,7 @@ def score(subject: Subject, asked: Asked, settings: RunConfig) -> Score:
         DataError: a row that is not of the task, or nothing to measure.
     """
     processor, notes = subject.task.prepare(asked, subject.processor)
-    reader = Reader(settings, subject.task, asked.columns, processor, subject.model.config)
+    reader = Reader(settings, subject.task, asked.columns, processor, subject.config)
     read = [reader.read(part.sources) for part in asked.parts]
     encoded = read[0].store.set_of()
     check_trained(encoded.report, reader.max_length)

@@ -43,6 +43,7 @@ class Subject:
         task: str | None = None,
         dtype: str = "float32",
         quantize: str | None = None,
+        code: str | None = None,
     ) -> Subject:
         """Load a model, its adapter, its processor, and what is known of its task.
 
@@ -52,6 +53,7 @@ class Subject:
             task: the kind of task; None goes by what stands beside the weights.
             dtype: the precision to compute in.
             quantize: how to store the base's linear layers.
+            code: the user's own file, of task other.
 
         Raises:
             UsageError: neither of the two is given, or something is not there, or was trained for another task.
@@ -61,18 +63,23 @@ class Subject:
         folder = adapter_folder(adapter) if adapter is not None else None
         config = PeftConfig.from_pretrained(folder) if folder is not None else None
         base = model if model is not None else _base_of(config, folder)
-        name, found = task_for(task, folder, base)
+        name, found = task_for(task, folder, base, code)
         brought = getattr(config, "modules_to_save", None) or ()
         loaded: Any = found.model(base, dtype=dtype, quantize=quantize, brought=brought)
-        processor = processor_for(base, folder, found.auto_class)
+        processor = processor_for(base, folder, found.auto_class) if found.pretrained else found.processor(base)
         if folder is not None:
             loaded = PeftModel.from_pretrained(loaded, folder)
         loaded.eval()
         return cls(loaded, processor, found, name, base, folder)
 
+    @property
+    def config(self) -> Any:
+        """The model's; None where it has none."""
+        return getattr(self.model, "config", None)
+
     def most(self, max_length: int) -> int:
         """The most tokens of an example: as many as are asked for, or as the model takes."""
-        return min(max_length, longest_input(self.model.config) or max_length)
+        return min(max_length, longest_input(self.config) or max_length)
 
     def rows(self, read: Sequence[Row], columns: str | None) -> list[Row]:
         """Rows with their columns under the names that the task understands.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from veneer.core.errors import UsageError
 from veneer.tasks import task as tasks
+from veneer.tasks.other import coded
 from veneer.tasks.task import AbstractTask
 
 TASK_NAME = "task.json"
@@ -36,13 +37,14 @@ def kept(folder: str | Path) -> tuple[str, AbstractTask] | None:
         raise UsageError(f"{str(path)!r} does not describe a task: {error}.") from None
 
 
-def task_for(name: str | None, adapter: Path | None, model: str) -> tuple[str, AbstractTask]:
+def task_for(name: str | None, adapter: Path | None, model: str, code: str | None = None) -> tuple[str, AbstractTask]:
     """The task to use a model for, with its name: as the weights say, else as the model's config describes it.
 
     Args:
         name: the task that was asked for; None goes by the weights, and takes ``causal_lm`` where they say nothing.
         adapter: an adapter's folder.
         model: the base model's folder, or its name on the hub.
+        code: the user's own file, of task other.
 
     Raises:
         UsageError: the weights are for another task.
@@ -55,6 +57,7 @@ def task_for(name: str | None, adapter: Path | None, model: str) -> tuple[str, A
         if found is not None and name not in (None, found[0]):
             raise UsageError(f"{str(folder)!r} was trained for task {found[0]}, not {name}; leave --task out.")
         if found is not None:
-            return found
+            return found[0], coded(found[1], code)
     chosen = name or "causal_lm"
-    return chosen, tasks.get(chosen).described(load_config(model))
+    task = coded(tasks.get(chosen), code)
+    return chosen, task.described(load_config(model)) if task.pretrained else task

@@ -32,6 +32,8 @@ class TaskOptions:
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
     pooling: Pooling = "auto"
     """How a text's vector is made of its tokens': mean, cls (the first) or last; auto as the model's folder says."""
+    code: str | None = None
+    """The Python file with a model and a loss of your own, which is run; of task other."""
 
     def refuse(self, task: str, *meaningful: str) -> None:
         """Refuse options that were changed and mean nothing to a task.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from veneer.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from veneer.tasks.program import Program
 
 _POSITIONS_AFTER_PADDING = frozenset(
     {*("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm"), "mpnet"}
@@ -100,6 +102,11 @@ class AbstractTask(ABC):
     """Whether a row says all that becomes of it, so that encoded data may be kept; not where it names a file."""
     least: ClassVar[int] = 1
     """The fewest examples of a batch from which something can be learned: more where they are compared."""
+
+    pretrained: ClassVar[bool] = True
+    """Whether its models are transformers'."""
+    program: ClassVar[Program | None] = None
+    """The user's code that makes them where they are not."""
 
     @property
     @abstractmethod
@@ -204,6 +211,16 @@ class AbstractTask(ABC):
     def preview(self, example: Encoded, processor: Any) -> list[Piece]:
         """The text of an example in stretches that are trained or not."""
 
+    def config(self, name_or_path: str) -> PretrainedConfig | None:
+        """The config of a model; None where it has none.
+
+        Raises:
+            UsageError: there is none that can be read.
+        """
+        from veneer.tasks.loading import load_config
+
+        return load_config(name_or_path) if self.pretrained else None
+
     def processor(self, name_or_path: str) -> Any:
         """The tokenizer or processor that stands beside a model.
 
@@ -212,6 +229,8 @@ class AbstractTask(ABC):
         """
         from veneer.tasks.loading import load_processor
 
+        if self.program is not None:
+            return self.program.processor(name_or_path)
         return load_processor(name_or_path, self.auto_class)
 
     def model(
@@ -235,6 +254,8 @@ class AbstractTask(ABC):
             ConfigError: the model has a head for the same labels in another order.
             UsageError: no such model, or one that has no such head.
         """
+        if self.program is not None:
+            return cast("PreTrainedModel", self.program.model(name_or_path, dtype=dtype, quantize=quantize))
         from veneer.tasks.heads import check_order, head_paths, renewed
         from veneer.tasks.loading import load_config, load_model
 
@@ -290,7 +311,9 @@ def get(name: str) -> AbstractTask:
 
 
 def longest_input(model_config: Any) -> int | None:
-    """The most tokens that a transformers model takes, where its config says so."""
+    """The most tokens that a transformers model takes, where it has a config that says so."""
+    if model_config is None:
+        return None
     text = model_config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from veneer.engine import precision
+from veneer.tasks.task import get
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def settled(config: RunConfig, model: PreTrainedModel | None) -> tuple[RunConfig
 def _width(config: RunConfig, model: PreTrainedModel | None) -> int:
     from veneer.tasks.loading import load_config
 
-    if model is None and config.model is None:
+    if model is None and (config.model is None or not get(config.task).pretrained):
         return _WIDTH
-    whole: Any = load_config(str(config.model)) if model is None else model.config
+    whole: Any = load_config(str(config.model)) if model is None else getattr(model, "config", None)
+    if whole is None:
+        return _WIDTH
     return int(getattr(whole.get_text_config(), "hidden_size", _WIDTH))

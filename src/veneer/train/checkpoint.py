@@ -33,7 +33,7 @@ def save(
 
     Args:
         model: an adapted model, of which the adapter is written, or a transformers model, which is written whole.
-        tokenizer: the tokenizer or processor, saved beside it, chat template included.
+        tokenizer: the tokenizer or processor, saved beside it, chat template included; None where there is none.
         folder: where it will stand, e.g. ``run/best``.
         figures: lines for the adapter's model card.
         task: the text of ``task.json``.

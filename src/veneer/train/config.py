@@ -109,6 +109,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
     pooling: Pooling = _TASK.pooling
     """How a text's vector is made of its tokens': mean, cls (the first) or last; auto as the model's folder says."""
+    code: str | None = _TASK.code
+    """The Python file with a model and a loss of your own, which is run; of task other."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the training data; parts of one count too."""
     max_steps: int | None = Field(None, ge=1)

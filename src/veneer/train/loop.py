@@ -347,7 +347,7 @@ class Loop:
         if self.accelerator.is_main_process:
             checkpoint.save(
                 self.learner.bare,
-                self.plan.tokenizer,
+                self.plan.tokenizer if self.plan.task.pretrained else None,
                 self.folder / name,
                 figures=figures(self.plan, self.progress, self.accelerator.num_processes),
                 task=text(self.config.task, self.plan.task),

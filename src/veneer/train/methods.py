@@ -14,6 +14,7 @@ from veneer.core.errors import ConfigError
 from veneer.core.task_type import TaskType
 from veneer.engine import checkpointing, room
 from veneer.tasks import heads
+from veneer.tasks.program import Program
 from veneer.train.config import RunConfig
 from veneer.train.starts import Gather
 
@@ -34,7 +35,13 @@ class Trained:
     """What was done to the model, in sentences."""
 
 
-def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType, gather: Gather | None = None) -> Trained:
+def prepared(
+    model: PreTrainedModel,
+    config: RunConfig,
+    task_type: TaskType,
+    gather: Gather | None = None,
+    program: Program | None = None,
+) -> Trained:
     """Freeze and adapt a model as the config's method asks; it is changed in place.
 
     Args:
@@ -42,13 +49,21 @@ def prepared(model: PreTrainedModel, config: RunConfig, task_type: TaskType, gat
         config: the run.
         task_type: what the adapter's config says the model is for.
         gather: gathers what the adapter's start needs to know of the data.
+        program: the user's code that made the model.
 
     Raises:
         ConfigError: the method or the adapter's config has no meaning on this model.
     """
     _check_savings(config, model)
+    if program is not None and config.method != "lora":
+        raise ConfigError(
+            f"method={config.method} saves a whole model, and how a {type(model).__name__} of your own is saved is not "
+            "known; use method=lora, with modules_to_save for what is to be trained whole."
+        )
     if config.method == "lora":
         adapter, read = config.adapter(task_type), tuple[str, ...]()
+        if program is not None:
+            adapter = program.adapter(adapter, config.model)
         if gather is not None:
             adapter, read = gather(model, adapter)
         adapted = get_peft_model(model, adapter)

@@ -91,8 +91,6 @@ def prepare(
     """
     from accelerate import PartialState
 
-    from veneer.tasks.loading import load_config
-
     task = tasks.get(config.task)
     if not resume:
         check_free(Path(config.output).expanduser())
@@ -101,7 +99,7 @@ def prepare(
     if config.model is None and (model is None or tokenizer is None):
         raise ConfigError("The run config has no model: expected a folder, or a name on the hub.")
     asked = asked_for(config, task, train_rows, eval_rows)
-    model_config = load_config(str(config.model)) if model is None else model.config
+    model_config = task.config(str(config.model)) if model is None else getattr(model, "config", None)
     task = fitted(task, asked, config, model_config)
     tokenizer = tokenizer if tokenizer is not None else task.processor(str(config.model))
     tokenizer, said = task.prepare(asked, tokenizer)
@@ -110,7 +108,7 @@ def prepare(
     samples = prompts(config, task, asked.measured(sets), tokenizer, longest_input(model_config))
     model = _loaded(config, task) if model is None else _given(config, task, model)
     gather = gathering(task, sets.train.examples, tokenizer, config.batch_size)
-    trained = prepared(model, config, task.task_type, gather)
+    trained = prepared(model, config, task.task_type, gather, task.program)
     packs = task.packs and config.packing != "off"
     speed = accelerate(trained.model, kernels=config.kernels == "on", packing=packs)
     batching, decided = _batching(config, speed, sets, processes)
@@ -173,7 +171,7 @@ def _given(config: RunConfig, task: AbstractTask, model: PreTrainedModel) -> Pre
             f"quantize={config.quantize} has no effect on a model that is loaded already; load that one quantised, or "
             "name the model in the config."
         )
-    wanted, has = task.model_options().get("num_labels"), getattr(model.config, "num_labels", None)
+    wanted, has = task.model_options().get("num_labels"), getattr(getattr(model, "config", None), "num_labels", None)
     if wanted is not None and wanted != has:
         raise ConfigError(
             f"The model's head has {has} outputs, and the data has {wanted} labels; load it with as many."

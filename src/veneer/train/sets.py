@@ -193,7 +193,7 @@ def both_sets(
     task: AbstractTask,
     asked: Asked,
     tokenizer: Any,
-    model_config: PretrainedConfig,
+    model_config: PretrainedConfig | None,
     console: Console | None = None,
 ) -> Sets:
     """Both sets as tokens, none longer than the model takes and none outside of its vocabulary.
