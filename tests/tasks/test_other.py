@@ -159,6 +159,7 @@ def test_without_predict_there_is_nothing_to_write(tmp_path: Path, capsys: pytes
     assert "has no predict(model, batch)" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("default:.* is not as it was when the weights")
 def test_code_is_run_only_when_it_is_named(code: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(code, tmp_path, max_steps=1)
     given = ["eval", "--adapter", str(tmp_path / "run"), "--data", str(tmp_path / "train.jsonl")]
