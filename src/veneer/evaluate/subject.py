@@ -14,8 +14,9 @@ from veneer.data.columns import parsed, renamed
 from veneer.data.rows import Row
 from veneer.data.sources import Source
 from veneer.tasks.kept import task_for
+from veneer.tasks.limits import longest_input
 from veneer.tasks.loading import adapter_folder, processor_for
-from veneer.tasks.task import AbstractTask, longest_input
+from veneer.tasks.task import AbstractTask
 from veneer.train.sets import Asked, Part
 
 

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
     from veneer.tasks.program import Program
 
-_POSITIONS_AFTER_PADDING = frozenset(
-    {*("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm"), "mpnet"}
-)
-
 Goals = Mapping[str, Literal["min", "max"]]
 """From each metric to whether it is to be small or large."""
 
@@ -308,24 +304,6 @@ def get(name: str) -> AbstractTask:
         raise ConfigError(f"task is {name!r}; expected one of: {', '.join(names())}.{nearest(name, names())}")
     found: AbstractTask = registry.load("tasks", name).Task()
     return found
-
-
-def longest_input(model_config: Any) -> int | None:
-    """The most tokens that a transformers model takes, where it has a config that says so."""
-    if model_config is None:
-        return None
-    text = model_config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    # These count positions from behind the padding token's id.
-    return limit - text.pad_token_id - 1 if text.model_type in _POSITIONS_AFTER_PADDING else limit
-
-
-def vocabulary(model_config: Any) -> int | None:
-    """How many tokens a transformers model has embeddings for, where its config says so."""
-    count = getattr(model_config.get_text_config(), "vocab_size", None)
-    return count if isinstance(count, int) and count > 0 else None
 
 
 def measure(

@@ -17,8 +17,9 @@ from veneer.data.encode import Encoded, EncodedSet
 from veneer.data.rows import Row
 from veneer.engine.accelerate import Acceleration, accelerate
 from veneer.tasks import task as tasks
+from veneer.tasks.limits import longest_input
 from veneer.tasks.options import TaskOptions
-from veneer.tasks.task import AbstractTask, Piece, longest_input
+from veneer.tasks.task import AbstractTask, Piece
 from veneer.train.config import RunConfig
 from veneer.train.methods import Trained, prepared
 from veneer.train.optimisers import check_installed, remarks

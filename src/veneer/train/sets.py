@@ -33,7 +33,8 @@ from veneer.data.sources import (
     in_memory,
     sources,
 )
-from veneer.tasks.task import AbstractTask, longest_input, vocabulary
+from veneer.tasks.limits import longest_input, vocabulary
+from veneer.tasks.task import AbstractTask
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
