@@ -102,6 +102,10 @@ SURFACE = {
         "--dtype",
         "--quantize",
     },
+    "chat": {
+        *("--model", "--adapter", "--system", "--max-new-tokens", "--temperature", "--top-p", "--seed"),
+        *("--dtype", "--quantize"),
+    },
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
         *("--task", "--max-length", "--train-on", "--columns", "--batch-size", "--on-bad-row", "--workers", "--cache"),

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from veneer.cli.chat import chat
 from veneer.cli.convert import convert
 from veneer.cli.data import data
 from veneer.cli.demo import demo
@@ -39,6 +40,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "runs": runs,
     "data": data,
     "generate": generate,
+    "chat": chat,
     "eval": evaluate,
     "predict": predict,
     "merge": merge,

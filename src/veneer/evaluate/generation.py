@@ -53,12 +53,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | Non
         if system is not None:
             raise UsageError("A system message was given, but this tokenizer has no chat template to put it into.")
         encoded = tokenizer(prompt, return_tensors="pt")
-    else:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": prompt})
+        return _with_mask(encoded)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return encode_messages(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> dict[str, Tensor]:
+    """A conversation that waits for an answer as ids and attention mask, each (1, tokens).
+
+    Args:
+        tokenizer: one with a chat template.
+        messages: each with a role and content.
+
+    Raises:
+        UsageError: the template refuses them.
+    """
+    from jinja2 import TemplateError
+
+    try:
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
+    except TemplateError as error:
+        raise UsageError(f"The chat template refuses the conversation: {str(error).rstrip('.')}.") from error
+    return _with_mask(encoded)
+
+
+def _with_mask(encoded: Any) -> dict[str, Tensor]:
     ids = encoded["input_ids"]
     return {"input_ids": ids, "attention_mask": encoded.get("attention_mask", torch.ones_like(ids))}
 
