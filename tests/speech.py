@@ -76,6 +76,7 @@ def model(vocabulary: int = ENGLISH) -> Any:
     if vocabulary == MANY:
         generation["lang_to_id"] = {"<|en|>": GERMAN - 2, "<|de|>": GERMAN}
         generation["task_to_id"] = {"translate": TRANSLATE, "transcribe": TRANSCRIBE}
+    generation["_from_model_config"] = False
     for name, value in generation.items():
         setattr(made.generation_config, name, value)
     return made

@@ -96,7 +96,8 @@ def _show(score: Score, notes: list[str], *, writes: bool) -> None:
 
     data = score.data
     rows = {name.replace("_", " "): f"{value:.4f}" for name, value in score.metrics.items()}
-    answers = f", {data.trained_tokens:,} of {data.tokens:,} tokens" if writes else ""
+    of = f" of {data.tokens:,}" if data.tokens else ""
+    answers = f", {data.trained_tokens:,}{of} tokens" if writes else ""
     rows["measured on"] = f"{data.examples:,} examples{answers}"
     if data.truncated or data.left_out:
         rows["not measured"] = (

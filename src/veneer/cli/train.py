@@ -98,7 +98,8 @@ def _counts(report: EncodingReport, task: AbstractTask) -> str:
 
     text = f"{report.examples:,} examples"
     if isinstance(task, AbstractWriter):
-        text += f", {report.trained_tokens:,} of {report.tokens:,} tokens trained"
+        of = f" of {report.tokens:,}" if report.tokens else ""
+        text += f", {report.trained_tokens:,}{of} tokens trained"
     text += f", {report.truncated:,} truncated"
     if report.truncated:
         text += f" (by {report.tokens_cut:,} tokens)"
