@@ -65,7 +65,8 @@ def fixed_input(model: nn.Module) -> dict[str, Tensor]:
         given = {name: torch.linspace(-1, 1, math.prod(sound), device=device).reshape(sound).to(_dtype(model))}
         if not config.is_encoder_decoder:
             return given
-        ids = torch.arange(_TOKENS, device=device) * 7919 % config.get_text_config().vocab_size
+        most = min(_TOKENS, getattr(config, "max_target_positions", None) or _TOKENS)
+        ids = torch.arange(most, device=device) * 7919 % config.get_text_config().vocab_size
         return {**given, "decoder_input_ids": ids[None]}
     raise UsageError(
         f"{type(model).__name__} takes {name}, for which there is no fixed input to compare two models on; "
