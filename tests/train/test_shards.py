@@ -22,8 +22,12 @@ from veneer.train.shards import gathered
 CASES: dict[str, dict[str, Any]] = {
     # With one row in A, the second process holds no part of it.
     "lora": {"r": 1, "lora_alpha": 1, "accumulation": 2, "save_every": 1, "keep": 9},
-    "everywhere": {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "modules_to_save": ["lm_head"]},
-    "checkpointed": {"checkpoint": "on", "kernels": "off", "use_dora": True},
+    "everywhere": {
+        "target_modules": ["embed_tokens", "q_proj", "down_proj"],
+        "modules_to_save": ["lm_head"],
+        "samples": 1,
+    },
+    "checkpointed": {"checkpoint": "on", "kernels": "off", "use_dora": True, "precision": "auto"},
     "full": {"method": "full", "tied": True, "learning_rate": 1e-3},
     "head": {"method": "head", "optimizer": "sgd", "learning_rate": 0.1},
 }
@@ -120,6 +124,20 @@ def test_a_checkpoint_of_a_split_model_is_whole(folder: Path) -> None:
     assert len(saved.values["random"]) == 2
 
 
+def test_a_split_model_writes_the_answers_of_a_whole_one(folder: Path) -> None:
+    """All processes generate together."""
+    written = [
+        [
+            event["samples"]
+            for event in map(json.loads, (folder / run / "log.jsonl").read_text().splitlines())
+            if event["event"] == "samples"
+        ]
+        for run in ("everywhere split", "everywhere whole")
+    ]
+    assert written[0] == written[1]
+    assert len(written[0]) > 1
+
+
 def test_the_run_says_that_the_model_is_split(folder: Path) -> None:
     first = json.loads((folder / "lora split" / "log.jsonl").read_text().splitlines()[0])
     assert any("FSDP2: the model is split over 2 processes at LlamaDecoderLayer" in note for note in first["notes"])
@@ -135,3 +153,17 @@ def test_nothing_is_saved_of_a_tensor_that_did_not_come_together(found: torch.Te
 def test_a_tensor_without_values_is_not_saved() -> None:
     with pytest.raises(TrainingError, match="nothing is saved"):
         gathered([("lora_A", torch.empty(0, 4))], {}, keep=True)
+
+
+def test_tensors_that_come_and_go_are_told_apart() -> None:
+    """Each may get the address of the one before it."""
+    parts = ((str(number), torch.full((2,), float(number))) for number in range(20))
+    found = gathered(parts, {}, keep=True)
+    assert [float(tensor[0]) for tensor in found.values()] == list(range(20))
+
+
+def test_one_tensor_under_two_names_stays_one() -> None:
+    table = torch.ones(2, 2)
+    found = gathered([("embed", table), ("head", table)], {}, keep=True)
+    assert found["embed"] is found["head"]
+    assert found["embed"] is not table

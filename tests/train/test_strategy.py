@@ -12,7 +12,7 @@ from torch import nn
 
 from tests import chat
 from veneer.core.errors import ConfigError, UsageError
-from veneer.train import strategy
+from veneer.train import strategy, zero
 from veneer.train.config import RunConfig
 
 
@@ -25,16 +25,25 @@ def config(**values: Any) -> RunConfig:
     return RunConfig(output="run", **values)
 
 
-@pytest.mark.parametrize(("asked", "found"), [("auto", "ddp"), ("ddp", "ddp"), ("fsdp", "fsdp")])
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if DeepSpeed were there: these tests ask for it and do not run it."""
+    monkeypatch.setattr(zero, "check_installed", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("auto", "ddp"), ("ddp", "ddp"), ("fsdp", "fsdp"), ("deepspeed", "deepspeed")]
+)
 def test_a_run_says_its_strategy(asked: str, found: str) -> None:
     assert strategy.chosen(config(strategy=asked)) == found
 
 
-@pytest.mark.parametrize("asked", ["auto", "fsdp"])
-def test_accelerate_says_it(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("auto", [True, False])
+def test_accelerate_says_it(kind: str, auto: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert strategy.chosen(config(strategy=asked)) == "fsdp"
+    assert strategy.chosen(config(strategy="auto" if auto else kind)) == kind
 
 
 def test_two_answers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +55,6 @@ def test_two_answers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "name"),
     [
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
     ],
@@ -81,16 +89,18 @@ def test_settings_of_accelerate_that_cannot_be_kept(
 @pytest.mark.parametrize(
     "values", [{"quantize": "nf4"}, {"family": "adalora"}, {"optimizer": "adamw_8bit"}, {"optimizer": "adafactor"}]
 )
-def test_what_needs_whole_tensors_is_not_split(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_what_needs_whole_tensors_is_not_split(kind: str, values: dict[str, Any]) -> None:
     name, value = next(iter(values.items()))
-    with pytest.raises(ConfigError, match=f"{name}={value} .* so strategy=fsdp cannot train it; use strategy=ddp"):
-        strategy.chosen(config(strategy="fsdp", **values))
+    with pytest.raises(ConfigError, match=f"{name}={value} .* so strategy={kind} cannot train it; use strategy=ddp"):
+        strategy.chosen(config(strategy=kind, **values))
 
 
-def test_one_process_has_nothing_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_one_process_has_nothing_to_split(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(UsageError, match="and this is one; start them with torchrun"):
-        strategy.chosen(config(strategy="fsdp"))
+    with pytest.raises(UsageError, match=f"strategy={kind} .*, and this is one; start them with torchrun"):
+        strategy.chosen(config(strategy=kind))
 
 
 def accelerator(kind: DistributedType, made: Any = None) -> Any:
@@ -133,6 +143,16 @@ def test_another_strategy_than_was_asked_for_does_not_run(kind: DistributedType)
         strategy.spread(accelerator(kind), model, optimiser)
 
 
-def test_a_process_keeps_to_one_strategy() -> None:
-    with pytest.raises(UsageError, match="trained with strategy=fsdp before"):
-        strategy.enter(accelerator(DistributedType.FSDP), "ddp")
+@pytest.mark.parametrize(("before", "now"), [("fsdp", "ddp"), ("deepspeed", "fsdp")])
+def test_a_process_keeps_to_one_strategy(before: str, now: Any) -> None:
+    with pytest.raises(UsageError, match=f"trained with strategy={before} before; train with {now} in a new one"):
+        strategy.enter(accelerator(DistributedType(before.upper())), now, config())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_zero_does_is_said(stage: int) -> None:
+    deepspeed = accelerator(DistributedType.DEEPSPEED)
+    deepspeed.state.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+    (note,) = strategy.check_model(deepspeed, chat.model())
+    assert note.startswith(f"ZeRO-{stage}: ")
+    assert ("at LlamaDecoderLayer" in note) == (stage == 3)

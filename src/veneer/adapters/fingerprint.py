@@ -70,7 +70,10 @@ def _are_parts(parameters: Collection[Tensor]) -> bool:
     """Whether any parameter is split over several processes, so that reading it would wait for all of them."""
     # Loaded already when there is one. By their kinds: there are thousands of parameters and a few kinds.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, parameters)))
+    if module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, parameters))):
+        return True
+    # DeepSpeed splits all or none, and leaves empty tensors with notes of its own.
+    return "ds_id" in vars(next(iter(parameters), torch.empty(0)))
 
 
 def differs(saved: str, here: str) -> str | None:

@@ -92,7 +92,7 @@ def language_loss(
         return _of_logits(chosen(model(**inputs).logits), targets_N, reduction)
     found: list[HeadLoss] = []
     project = head.forward
-    split = is_split(bare)
+    split = is_split(model) or _is_wrapped(model)
 
     def instead(x: Tensor) -> Tensor:
         found.append(_of_hidden(chosen(x), head, project, form, targets_N, reduction))
@@ -140,6 +140,11 @@ def is_split(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(underlying(model), FSDPModule)
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether a model is in a wrapper, such as DeepSpeed's engine, other than DDP, which looks at parameters alone."""
+    return "module" in model._modules and not isinstance(model, nn.parallel.DistributedDataParallel)
 
 
 def output_head(model: Any) -> nn.Module | None:

@@ -146,8 +146,9 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """What checkpoint=auto lets the process take in all, as in 4GB; without it, nine tenths of what is free."""
     offload_activations: bool = False
     """Keep activations in main memory until the backward pass needs them; on a GPU only."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How processes share the model: each has all of it (ddp) or a part (fsdp); auto is accelerate's choice or ddp."""
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How processes share the model: each has all of it (ddp), or a part (fsdp: FSDP2, deepspeed: ZeRO); auto is what
+    accelerate is configured for, else ddp."""
     quantize: Quantisation | None = None
     """Store the frozen base's linear layers in 4 or 8 bits (QLoRA); needs bitsandbytes and method lora."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ from veneer.adapters.budget import penalty
 from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.data.collate import tokens
-from veneer.engine.head import is_split
 from veneer.optimizers import second_factors
 from veneer.tasks.task import BatchLoss, Tally
 from veneer.train.config import RunConfig
 from veneer.train.optimisers import optimiser, scheduled
 from veneer.train.prepare import Plan
-from veneer.train.shards import saved_state, shapes_of, whole
 from veneer.train.strategy import spread
 
 if TYPE_CHECKING:
@@ -57,9 +54,8 @@ class Learner:
             device=accelerator.device.type,
         )
         self.schedule = scheduled(made, self.config.schedule, steps=plan.steps, warmup=self.config.warmup)
-        self.shapes = shapes_of(self.bare)
-        self.shared, self.optimiser = spread(accelerator, self.bare, made)
-        self.model = self.bare if is_split(self.bare) else self.shared
+        self.sharing = spread(accelerator, self.bare, made)
+        self.model = self.sharing.model
 
     @property
     def learning_rate(self) -> float:
@@ -80,7 +76,7 @@ class Learner:
         Raises:
             TrainingError: a loss or the gradient is not finite, or the loss explodes; the weights are as before.
         """
-        task, accelerator = self.plan.task, self.accelerator
+        task = self.plan.task
         origins = [batch["origins"] for batch in group]
         counts = [batch["counts"] for batch in group]
         batches = [{key: value for key, value in batch.items() if key not in ("origins", "counts")} for batch in group]
@@ -89,16 +85,16 @@ class Learner:
         broken: tuple[float, list[str]] | None = None
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.shared):
+            with self.sharing.accumulating(last=last):
                 result = task.loss(self.model, batch)
                 if not counts[number]:
                     result = BatchLoss(result.total * 0, Tally())
                 if broken is None and not math.isfinite(result.tally.loss):
                     broken = result.tally.loss, origins[number]
                 # Processes average their gradients; the sum over all of them is wanted.
-                loss = result.total * (accelerator.num_processes / units)
+                loss = result.total * (self.accelerator.num_processes / units)
                 more = penalty(self.bare.base_model) if last and isinstance(self.bare, PeftModel) else None
-                accelerator.backward(loss if more is None else loss + more)
+                self.sharing.backward(loss if more is None else loss + more)
             total += result.tally
         rows = [origin for names in origins for origin in names]
         loss_of_all = self._summed(total.loss)
@@ -108,24 +104,18 @@ class Learner:
             self._refuse(f"The loss is {loss}", step, names)
         if units and explodes(loss_of_all / units):
             self._refuse(f"The loss has exploded to {loss_of_all / units:.4g}", step, self._of_all(rows))
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = float(whole(accelerator.clip_grad_norm_(parameters, self.config.clip or math.inf)))
+        norm = self.sharing.step(self.config.clip)
         if not math.isfinite(norm):
             self._refuse(f"The gradient's norm is {norm}", step, self._of_all(rows))
-        self.optimiser.step()
         self.schedule.step()
         if self.config.method == "lora" and self.config.family == "adalora":
             self.bare.base_model.update_and_allocate(step)  # type: ignore[union-attr,operator]
-        self.optimiser.zero_grad()
+        self.sharing.forget()
         read = self._summed(sum(tokens(batch) for batch in batches))
         return Taken(Tally(loss_of_all, int(units)), norm, int(read))
 
-    def saved_state(self) -> dict[str, Tensor] | None:
-        """For ``save_pretrained`` in the main process, of a model that is split; every process must ask."""
-        return saved_state(self.bare, self.shapes, keep=self.accelerator.is_main_process)
-
     def _refuse(self, what: str, step: int, origins: Sequence[str]) -> NoReturn:
-        self.optimiser.zero_grad()
+        self.sharing.forget()
         kept = f" What was learned until step {step - 1} is kept." if step > 1 else ""
         raise TrainingError(
             f"{what} at step {step}, in the batch of {listed(origins)}; "

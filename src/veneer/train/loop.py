@@ -343,7 +343,7 @@ class Loop:
 
     def _save(self, name: str) -> None:
         self.accelerator.wait_for_everyone()
-        tensors = self.learner.saved_state()
+        tensors = self.learner.sharing.saved_state(keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             checkpoint.save(
                 self.learner.bare,

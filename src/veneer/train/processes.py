@@ -10,7 +10,7 @@ import torch
 from veneer.core.errors import ConfigError, UsageError
 from veneer.train.config import RunConfig
 from veneer.train.state import Saved
-from veneer.train.strategy import chosen, enter
+from veneer.train.strategy import chosen, enter, leave
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +31,7 @@ def joined(config: RunConfig) -> Accelerator:
     wanted = "bf16" if config.precision == "bf16" else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()
+        leave()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and not PartialState._shared_state and not torch.accelerator.is_available():
         # Without being told so, accelerate does not look for other processes where there is no GPU.
@@ -42,7 +43,9 @@ def joined(config: RunConfig) -> Accelerator:
             f"The launcher started {started} processes, but accelerate joined {accelerator.num_processes}; start the "
             "run with torchrun or accelerate launch, and without --cpu."
         )
-    enter(accelerator, strategy)
+    # An accelerator that is to measure which precision is faster is of no strategy yet.
+    if config.precision != "auto":
+        enter(accelerator, strategy, config)
     return accelerator
 
 

@@ -53,7 +53,8 @@ def gathered(
         TrainingError: a tensor is empty or has another shape than before the model was split: nothing may be saved.
     """
     found: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
+    # With the tensor itself: the id of one that is gone may come again.
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     for name, tensor in tensors:
         if id(tensor) not in seen:
             full = whole(tensor.detach())
@@ -63,26 +64,31 @@ def gathered(
                     f"{name} came together from the processes as {tuple(full.shape)}, expected {tuple(expected)}; "
                     "nothing is saved."
                 )
-            seen[id(tensor)] = full.to("cpu", copy=True) if keep else full[:0]
+            seen[id(tensor)] = tensor, full.to("cpu", copy=True) if keep else full[:0]
         if keep:
-            found[name] = seen[id(tensor)]
+            found[name] = seen[id(tensor)][1]
     return found
 
 
 def saved_state(model: nn.Module, shapes: Mapping[str, torch.Size], *, keep: bool) -> dict[str, Tensor] | None:
-    """What ``save_pretrained`` of a split model needs as its ``state_dict``; None for a model that is whole.
-
-    Of an adapted model that is what learns and the adapter's tensors, of another one everything.
-    """
+    """What ``save_pretrained`` of a split model needs as its ``state_dict``; None for a model that is whole."""
     if not is_split(model):
         return None
     settle(model)
-    # Not those of its state dict, which are new tensors each: one under two names is to stay one.
+    return gathered(wanted(model), shapes, keep=keep)
+
+
+def wanted(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The names and tensors that are saved of a model: what learns and the adapters' own, or everything.
+
+    One tensor under two names is there twice.
+    """
+    # Not those of the state dict, which are new tensors each.
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if isinstance(model, PeftModel):
         own = _of_adapters(model)
-        return gathered([(name, t) for name, t in named.items() if id(t) in own], shapes, keep=keep)
-    return gathered([(name, named.get(name, t)) for name, t in model.state_dict().items()], shapes, keep=keep)
+        return [(name, tensor) for name, tensor in named.items() if id(tensor) in own]
+    return [(name, named.get(name, tensor)) for name, tensor in model.state_dict().items()]
 
 
 def _of_adapters(model: PeftModel) -> set[int]:

@@ -32,7 +32,7 @@ from veneer.core.disk import write_folder
 from veneer.core.errors import TrainingError
 from veneer.train.learner import Learner
 from veneer.train.progress import Progress
-from veneer.train.shards import gathered, placed, settle, state_placed, whole
+from veneer.train.shards import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,8 +82,8 @@ def save(
 
     generators = gather_object([_generators()])
     keep = accelerator.is_main_process
-    parameters = learned(learner, keep=keep)
-    tensors, rest = _split(learner.optimiser.state_dict(), keep=keep)
+    parameters = {**_buffers(learner.bare), **learner.sharing.learned(keep=keep)}
+    tensors, rest = _split(learner.sharing.optimiser_state(keep=keep), keep=keep)
     if not keep:
         return
     files = {
@@ -116,22 +116,14 @@ def save(
     write_folder(folder / FOLDER / f"step-{progress.step:08d}", write, replace=True)
 
 
-def learned(learner: Learner, *, keep: bool) -> dict[str, Tensor]:
-    """Copies of what learns and of the buffers that are saved with a model, by name, on the CPU.
-
-    Every process must call it; those that do not ``keep`` them get nothing.
-    """
-    model = learner.bare
-    settle(model)
-    found = gathered(((n, p) for n, p in model.named_parameters() if p.requires_grad), learner.shapes, keep=keep)
-    kept = {
-        name: buffer
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that are saved with a model, by name, on the CPU."""
+    return {
+        f"{prefix}.{key}" if prefix else key: buffer.to("cpu", copy=True)
         for prefix, module in model.named_modules()
         for key, buffer in module._buffers.items()
         if buffer is not None and key not in module._non_persistent_buffers_set
-        for name in [f"{prefix}.{key}" if prefix else key]
     }
-    return {**{name: buffer.to("cpu", copy=True) for name, buffer in kept.items()}, **found}
 
 
 def _generators() -> dict[str, Any]:
@@ -244,16 +236,16 @@ def restore(saved: Saved, learner: Learner, accelerator: Accelerator) -> Progres
         TrainingError: it holds other parameters than the run has.
     """
     values, tensors = saved.values, saved.tensors
-    settle(learner.bare)
-    with torch.no_grad():
-        have = {**dict(learner.bare.named_buffers()), **dict(learner.bare.named_parameters())}
-        for name, tensor in tensors["parameters.safetensors"].items():
-            if name not in have or have[name].shape != tensor.shape:
-                raise TrainingError(f"The checkpoint {saved.path.name} has {name}, which this run does not have so.")
-            have[name].copy_(placed(tensor, have[name]))
+    given, buffers = tensors["parameters.safetensors"], dict(learner.bare.named_buffers())
+    shapes = {**{name: buffer.shape for name, buffer in buffers.items()}, **learner.sharing.shapes}
+    for name, tensor in given.items():
+        if shapes.get(name) != tensor.shape:
+            raise TrainingError(f"The checkpoint {saved.path.name} has {name}, which this run does not have so.")
+    for name in buffers.keys() & given.keys():
+        buffers[name].copy_(given[name])
     state = tensors["optimiser.safetensors"]
-    whole_state = _joined(values["optimiser"], state)
-    learner.optimiser.load_state_dict(state_placed(whole_state, learner.optimiser))
+    learned = {name: tensor for name, tensor in given.items() if name not in buffers}
+    learner.sharing.restore(learned, _joined(values["optimiser"], state))
     learner.schedule.load_state_dict(values["schedule"])
     if isinstance(learner.bare, PeftModel):
         _put_budgets(learner.bare, values["budgets"], state)

@@ -1,7 +1,7 @@
 """How several processes share a model, as the run or accelerate's config asks for it; and that it is so, asserted.
 
 DDP gives every process the whole model. FSDP2 (torch's ``fully_shard``, through accelerate) splits every parameter
-over the processes and puts one layer together at a time, while it computes.
+over the processes and puts one layer together at a time, while it computes. ZeRO is DeepSpeed's way to split a model.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, UsageError, listed
 from veneer.engine import checkpointing
 from veneer.engine.head import underlying
+from veneer.train import zero
 from veneer.train.config import RunConfig
+from veneer.train.shards import shapes_of
+from veneer.train.sharing import AbstractSharing, TorchSharing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "deepspeed"]
 
-_ASKED: dict[str, Strategy] = {"ACCELERATE_USE_FSDP": "fsdp"}
+_ASKED: dict[str, Strategy] = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
 """What accelerate launch sets, and the strategy that it means."""
 
 _NOT_OFFERED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
@@ -54,7 +56,7 @@ def chosen(config: RunConfig) -> Strategy:
     for variable, name in _NOT_OFFERED.items():
         if _is_set(variable):
             raise UsageError(
-                f"accelerate is configured for {name}, which veneer does not offer: it trains with DDP or FSDP2; "
+                f"accelerate is configured for {name}, which veneer does not offer: it trains with DDP, FSDP2 or ZeRO; "
                 f"start the run with torchrun, or without what sets {variable}."
             )
     asked = next((strategy for variable, strategy in _ASKED.items() if _is_set(variable)), None)
@@ -63,18 +65,23 @@ def chosen(config: RunConfig) -> Strategy:
             f"accelerate is configured for {asked}, but strategy is {config.strategy}; leave strategy out, or start "
             "the run with torchrun."
         )
-    strategy: Strategy = asked or ("fsdp" if config.strategy == "fsdp" else "ddp")
+    strategy: Strategy = asked or ("ddp" if config.strategy == "auto" else config.strategy)
+    if strategy == "ddp":
+        return strategy
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UsageError(
+            f"strategy={strategy} splits a model over several processes, and this is one; start them with "
+            "torchrun --nproc-per-node N -m veneer train, or leave strategy out."
+        )
+    _check_config(config, strategy)
     if strategy == "fsdp":
-        _check_fsdp(config, by_accelerate=asked is not None)
+        _check_fsdp(by_accelerate=asked is not None)
+    else:
+        zero.check_installed()
     return strategy
 
 
-def _check_fsdp(config: RunConfig, *, by_accelerate: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UsageError(
-            "strategy=fsdp splits a model over several processes, and this is one; start them with "
-            "torchrun --nproc-per-node N -m veneer train, or leave strategy out."
-        )
+def _check_fsdp(*, by_accelerate: bool) -> None:
     # accelerate's own default is the first version.
     if by_accelerate and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("accelerate is configured for FSDP 1; veneer runs FSDP2: set fsdp_version to 2 there.")
@@ -88,35 +95,60 @@ def _check_fsdp(config: RunConfig, *, by_accelerate: bool) -> None:
             "accelerate's FSDP_AUTO_WRAP_POLICY=SIZE_BASED_WRAP and FSDP_IGNORED_MODULES are not for veneer's runs: a "
             "model is split at its layers, whole; leave them out."
         )
+
+
+def _check_config(config: RunConfig, strategy: Strategy) -> None:
     refused = None
     if config.quantize is not None:
         refused = f"quantize={config.quantize} stores a base in a form that cannot be split"
     elif config.method == "lora" and config.family == "adalora":
         refused = "family=adalora weighs the ranks of all layers against each other, which needs them whole"
     elif config.optimizer not in _OPTIMISERS:
-        refused = f"optimizer={config.optimizer} needs whole tensors (fsdp takes {listed(_OPTIMISERS)})"
+        refused = f"optimizer={config.optimizer} needs whole tensors ({strategy} takes {listed(_OPTIMISERS)})"
     if refused is not None:
-        raise ConfigError(f"{refused}, so strategy=fsdp cannot train it; use strategy=ddp.")
+        raise ConfigError(f"{refused}, so strategy={strategy} cannot train it; use strategy=ddp.")
 
 
-def enter(accelerator: Accelerator, strategy: Strategy) -> None:
+def enter(accelerator: Accelerator, strategy: Strategy, config: RunConfig) -> None:
     """Make an accelerator one of this strategy.
 
     Raises:
         UsageError: this process has trained with another one before.
+        ConfigError: DeepSpeed's config is not that of the run.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    is_fsdp = accelerator.distributed_type is DistributedType.FSDP
-    if strategy == "ddp" and is_fsdp:
-        raise UsageError("This process has trained with strategy=fsdp before; train with ddp in a new one.")
+    before = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}.get(accelerator.distributed_type)
+    # accelerate may have taken it up by itself, as it is configured.
+    asked = any(_is_set(variable) and meant == before for variable, meant in _ASKED.items())
+    if before is not None and before != strategy and not asked:
+        raise UsageError(f"This process has trained with strategy={before} before; train with {strategy} in a new one.")
+    if strategy == "ddp":
+        return
+    # accelerate itself takes up neither without a GPU, and runs DDP without a word; what it does with both runs on a
+    # CPU just as well.
+    kind, state = DistributedType.FSDP, accelerator.state
+    precision = accelerator.mixed_precision
     if strategy == "fsdp":
-        # accelerate itself takes up FSDP on GPUs alone, and elsewhere runs DDP without a word; what it does with
-        # FSDP2 runs on a CPU just as well.
-        PartialState().distributed_type = DistributedType.FSDP
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = _plugin(accelerator.mixed_precision)
+        state.fsdp_plugin = _plugin(precision)
+    else:
+        kind, processes = DistributedType.DEEPSPEED, accelerator.num_processes
+        bf16, device = config.precision == "bf16", accelerator.device.type
+        state.deepspeed_plugins = zero.plugin_for(config, bf16=bf16, processes=processes, device=device)
+        accelerator.deepspeed_engine_wrapped = None
+    PartialState().distributed_type = state.distributed_type = kind
+
+
+def leave() -> None:
+    """Make accelerate's state that of no strategy again, to be entered anew with another precision."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    state = PartialState()
+    if state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        device = state.device.type
+        state.distributed_type = DistributedType(f"MULTI_{'GPU' if device == 'cuda' else device.upper()}")
 
 
 def _plugin(precision: str) -> Any:
@@ -142,13 +174,23 @@ def check_model(accelerator: Accelerator, model: nn.Module) -> tuple[str, ...]:
     """
     from accelerate.utils import DistributedType
 
-    if accelerator.distributed_type is not DistributedType.FSDP:
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return ()
+    strategy = kind.value.lower()
+    stage = 0 if kind is DistributedType.FSDP else accelerator.state.deepspeed_plugin.zero_stage
     names = sorted({type(block).__name__ for block in checkpointing.blocks(model)})
     if not names:
-        raise ConfigError("strategy=fsdp splits a model at its layers, and this one has none; use strategy=ddp.")
+        raise ConfigError(f"strategy={strategy} splits a model at its layers, and this one has none; use strategy=ddp.")
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ConfigError("strategy=fsdp cannot split a quantised model; use strategy=ddp.")
+        raise ConfigError(f"strategy={strategy} cannot split a quantised model; use strategy=ddp.")
+    zero.check_model(model, stage)
+    shared = f"{accelerator.num_processes} processes"
+    reading = "before that, every process reads all of it into main memory."
+    if stage == 2:
+        return (f"ZeRO-2: gradients and the optimiser's state are split over {shared}; each has the whole model.",)
+    if stage == 3:
+        return (f"ZeRO-3: the model is split over {shared} at {listed(names)}; {reading}",)
     plugin = accelerator.state.fsdp_plugin
     wanted = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     if wanted and sorted(wanted.split(",")) != names:
@@ -157,25 +199,24 @@ def check_model(accelerator: Accelerator, model: nn.Module) -> tuple[str, ...]:
             "it out."
         )
     plugin.transformer_cls_names_to_wrap = names
-    return (
-        f"FSDP2: the model is split over {accelerator.num_processes} processes at {listed(names)}; before that, every "
-        "process reads all of it into main memory.",
-    )
+    return (f"FSDP2: the model is split over {shared} at {listed(names)}; {reading}",)
 
 
-def spread(accelerator: Accelerator, model: nn.Module, optimiser: Optimizer) -> tuple[nn.Module, Any]:
+def spread(accelerator: Accelerator, model: nn.Module, optimiser: Optimizer) -> AbstractSharing:
     """Share a model and its optimiser among the processes as the accelerator's strategy has it.
 
-    Returns:
-        What was made of the model, and of the optimiser. With FSDP2 that is the transformers model itself, changed in
-        place; an adapted model around it is called as ever.
+    With FSDP2 the transformers model itself is changed in place, and an adapted model around it is called as ever.
 
     Raises:
         UsageError: something else runs than was asked for.
     """
     from accelerate.utils import DistributedType
 
+    shapes = shapes_of(model)
     fault = None
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        _remember_base(model)
+        return zero.ZeroSharing(accelerator, model, optimiser, shapes)
     if accelerator.distributed_type is DistributedType.FSDP:
         _remember_base(model)
         shared, prepared = accelerator.prepare(underlying(model), optimiser)
@@ -192,7 +233,7 @@ def spread(accelerator: Accelerator, model: nn.Module, optimiser: Optimizer) -> 
     if fault is not None:
         kind = accelerator.distributed_type.value
         raise UsageError(f"The run is to share its model by {kind}, but does not: {fault}.")
-    return shared, prepared
+    return TorchSharing(accelerator, model, shared, prepared, shapes)
 
 
 def _remember_base(model: nn.Module) -> None:
