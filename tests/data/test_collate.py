@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.data.collate import collate
+from veneer.data.collate import collate, tokens
 from veneer.data.encode import IGNORED, Encoded
 
 EXAMPLES = st.lists(
@@ -25,3 +26,15 @@ def test_every_sequence_comes_back_by_its_mask_whatever_the_pad_id(examples: lis
         assert batch["labels"][row][real].tolist() == example.labels
         assert (batch["labels"][row][~real] == IGNORED).all()
         assert (batch["input_ids"][row][~real] == pad_id).all()
+
+
+def test_tokens_are_those_read_else_those_written_else_the_examples() -> None:
+    ids, mask = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    written = torch.tensor([[7, IGNORED], [8, 9]])
+    seen = torch.zeros(2, 3, 4, 4)
+    assert tokens({"input_ids": ids, "attention_mask": mask, "labels": written}) == 5
+    assert tokens({"input_ids": ids}) == 6
+    assert tokens({"input_features": seen, "labels": written}) == 3
+    assert tokens({"pixel_values": seen, "labels": torch.tensor([0, 1])}) == 2
+    assert tokens({"pixel_values": seen, "labels": torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])}) == 2
+    assert tokens({"pixel_values": seen}) == 2

@@ -42,9 +42,14 @@ def collate(examples: Sequence[Encoded], *, pad_id: int, packed: bool = False) -
 
 
 def tokens(batch: Mapping[str, Tensor]) -> int:
-    """How many tokens a batch has, padding left out; of one without tokens, as of images, how many examples."""
+    """How many tokens a batch has, padding left out: those read, else those written, else one for each example."""
     mask = batch.get("attention_mask")
     if mask is not None:
         return int(mask.sum())
     ids = batch.get("input_ids")
-    return int(ids.numel()) if ids is not None else len(next(iter(batch.values())))
+    if ids is not None:
+        return int(ids.numel())
+    labels = batch.get("labels")
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        return int((labels != IGNORED).sum())
+    return len(next(iter(batch.values())))
