@@ -33,7 +33,7 @@ def test_it_trains_and_saves_an_adapter(name: str, tmp_path: Path) -> None:
     PeftModel.from_pretrained(chat.model(), tmp_path / "adapter")
 
 
-def test_a_task_of_ones_own_trains_and_predicts(tmp_path: Path) -> None:
+def test_a_task_of_ones_own_trains_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, folder, run = EXAMPLES / "other_task.py", tmp_path / "waves", tmp_path / "run"
     spec = importlib.util.spec_from_file_location("other_task", code)
     assert spec is not None
@@ -45,6 +45,7 @@ def test_a_task_of_ones_own_trains_and_predicts(tmp_path: Path) -> None:
     given = ["--task", "other", "--code", str(code), "--model", str(base), "--data", str(folder / "train.jsonl")]
     more = ["--eval-data", str(test), "--output", str(run), "--max-steps", "60", "--learning-rate", "0.01"]
     assert main(["train", *given, *more]) == 0
+    assert "--code ... --data ..." in capsys.readouterr().out
     record = json.loads((run / "result.json").read_text())
     before, after = record["held_out_before"], record["held_out_after"]
     assert after["mean_absolute_error"] < before["mean_absolute_error"]

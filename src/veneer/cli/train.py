@@ -136,4 +136,5 @@ def _show_record(screen: Console, record: RunRecord, pictures: list[Path]) -> No
         kept = record.best or record.last
         flags = f"--model {record.model} --adapter {kept}" if record.method == "lora" else f"--model {kept}"
         verb, more = ("generate", '--prompt "..."') if record.task == "causal_lm" else ("predict", "--data ...")
+        more = f"--code ... {more}" if record.task == "other" else more
         screen.print(f"Next: veneer {verb} {flags} {more}", markup=False, soft_wrap=True)
