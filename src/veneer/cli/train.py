@@ -47,9 +47,8 @@ def train(
     if resume is not None and config is not None:
         raise UsageError("Both --resume and --config are given; a run goes on with its own config.")
 
-    from veneer.report.confusion import CONFUSION_NAME, confusion_plot
-    from veneer.report.overview import write_overview
-    from veneer.report.plots import loss_plot
+    from accelerate import PartialState
+
     from veneer.report.preview import samples
     from veneer.train import loop
     from veneer.train.resume import resumed
@@ -65,14 +64,25 @@ def train(
         draw=samples,
         resume=resume is not None,
     )
-    pictures = [loss_plot(result.folder)]
-    if "confusion" in result.record.details:
-        pictures.append(confusion_plot(result.record.details["confusion"], result.folder / CONFUSION_NAME))
-    write_overview(result.folder, result.record)
-    _show_record(screen, result.record, pictures)
+    if PartialState().is_main_process:
+        # Of several processes one tells and draws.
+        _show_record(screen, result.record, _drawn(result.folder, result.record))
     if result.record.interrupted:
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
     return result.record
+
+
+def _drawn(folder: Path, record: RunRecord) -> list[Path]:
+    """The pictures of a run, and the page that shows them, in its folder."""
+    from veneer.report.confusion import CONFUSION_NAME, confusion_plot
+    from veneer.report.overview import write_overview
+    from veneer.report.plots import loss_plot
+
+    pictures = [loss_plot(folder)]
+    if "confusion" in record.details:
+        pictures.append(confusion_plot(record.details["confusion"], folder / CONFUSION_NAME))
+    write_overview(folder, record)
+    return pictures
 
 
 def _show_plan(screen: Console, plan: Plan) -> None:
