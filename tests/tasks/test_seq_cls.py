@@ -12,8 +12,9 @@ from sklearn import metrics as truth
 from tests import words
 from veneer import AutoPeftModelForSequenceClassification
 from veneer.cli.main import main
-from veneer.core.errors import ConfigError, DataError
+from veneer.core.errors import ConfigError, DataError, UsageError
 from veneer.data.sources import rows_of
+from veneer.report.confusion import confusion_plot
 from veneer.tasks import task as tasks
 from veneer.tasks.labels import Labels
 from veneer.tasks.options import TaskOptions
@@ -250,3 +251,8 @@ def test_pairs_of_texts_and_long_ones(bert: Path) -> None:
     with pytest.raises(DataError, match="example 1 has 10 tokens"):
         task.encode(rows, tokenizer, max_length=7, train_on="all", truncate="fail")
     assert task.encode(rows, tokenizer, max_length=7, train_on="all", truncate="drop").report.dropped == 2
+
+
+def test_a_confusion_matrix_is_a_png(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"ends in \.png"):
+        confusion_plot({"labels": ["a", "b"], "counts": [[1, 0], [0, 1]]}, tmp_path / "matrix.svg")

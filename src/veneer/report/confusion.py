@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.disk import write_whole
-from veneer.core.errors import UsageError
+from veneer.report.heatmap import check_name
 
 CONFUSION_NAME = "confusion.png"
 
@@ -36,8 +36,7 @@ def confusion_plot(confusion: Mapping[str, Any], path: Path) -> Path:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"{str(path)!r} does not end in .png; expected the name of a picture.")
+    check_name(path)
     labels, counts = list(confusion["labels"]), confusion["counts"]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     side = min(12.0, 2.2 + 0.5 * len(labels))

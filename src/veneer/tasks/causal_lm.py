@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,15 +18,13 @@ from veneer.data.prompts import pad_left, prompt
 from veneer.data.rows import Row
 from veneer.data.templates import with_template
 from veneer.engine.head import language_loss
-from veneer.tasks import judges
+from veneer.tasks import decoding, judges
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.task import BatchLoss, Goals, Piece, Prediction, Tally
 from veneer.tasks.writing import AbstractWriter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-_EXP_LIMIT = 700.0  # exp() of more does not fit a float
 
 
 @final
@@ -44,7 +41,7 @@ class Task(AbstractWriter):
 
     @property
     def goals(self) -> Goals:
-        return {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
+        return decoding.GOALS
 
     def fitted(self, rows: Iterable[Row], options: TaskOptions, config: PretrainedConfig | None) -> Task:
         options.refuse("causal_lm", "judge_by")
@@ -125,12 +122,7 @@ class Task(AbstractWriter):
         return judges.judged(self.judged_by, answers, references)
 
     def metrics(self, tally: Tally, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
-        loss = tally.loss / tally.units if tally.units else math.nan
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < _EXP_LIMIT else math.inf,
-            "token_accuracy": tally.correct / tally.units if tally.units else math.nan,
-        }
+        return decoding.metrics(tally)
 
     def preview(self, example: Encoded, processor: Any) -> list[Piece]:
         pieces: list[Piece] = []

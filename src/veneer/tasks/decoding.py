@@ -1,4 +1,4 @@
-"""What encoder-decoders share: targets as tokens, the decoder's input, and the loss of its outputs.
+"""The figures of tokens that are written; of encoder-decoders the targets, the decoder's input and the loss.
 
 Shape legend: B examples, T tokens of a target, V tokens of the vocabulary.
 """

@@ -21,7 +21,6 @@ class TaskOptions:
     """What is told of a text or image: one label, any number of them, or a number; auto goes by the training data."""
     class_weights: str | None = None
     """How much each label counts in the loss: balanced (rare ones more), or as in spam=5,other=1."""
-
     stride: int = 128
     """Tokens that the windows of a context too long for one sequence have in common; of question_answering."""
     prefix: str | None = None
