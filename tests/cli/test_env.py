@@ -20,6 +20,7 @@ def test_versions_device_memory_and_caches(
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["device"]["threads"] == torch.get_num_threads()
     assert "glibc" in facts["device"]["allocator"] or "LD_PRELOAD" in facts["device"]["allocator"]
+    assert facts["device"]["matmul_auto"].startswith(("torch", "onednn"))
     assert facts["device"]["precision_auto"].startswith(("fp32, by matmuls", "bf16, by matmuls"))
     assert facts["caches"] == {**facts["caches"], "veneer": f"{tmp_path}/veneer", "hub_offline": True}
     assert main(["env"]) == 0

@@ -50,6 +50,7 @@ RUN_FIELDS = (
         "accumulation",
         "packing",
         "kernels",
+        "matmul",
         "max_tokens",
         "learning_rate",
         "schedule",

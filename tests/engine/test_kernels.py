@@ -11,6 +11,7 @@ from tests import models
 from tests.engine.decoders import FAMILIES, make
 from veneer.adapters.model import get_peft_model
 from veneer.core.config import LoraConfig
+from veneer.engine import groups, mlps
 from veneer.engine.checkpointing import checkpoint_layers
 from veneer.engine.kernels import Kernels, use_kernels
 
@@ -156,6 +157,29 @@ def test_under_autocast_and_in_bfloat16() -> None:
     ids = torch.randint(3, 97, (2, 7))
     with torch.no_grad():
         torch.testing.assert_close(whole(ids).logits, reference(ids).logits, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_bfloat16_base_under_its_own_autocast_keeps_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(family).to(torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    run = []
+    for module in (mlps, groups):
+        name = "gated_mlp" if module is mlps else "lora_group"
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=own, name=name: (run.append(name), own(*args))[1])
+    kernels = use_kernels(model)
+    run.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = output_and_gradients(model)
+        assert run.count("gated_mlp") == run.count("lora_group") == 3
+        kernels.undo()
+        plain = output_and_gradients(model)
+    for ours, own in zip(fused, plain, strict=True):
+        assert ours.dtype == own.dtype
+        torch.testing.assert_close(ours, own, rtol=5e-2, atol=5e-2 * max(1.0, float(own.abs().max())))
 
 
 def test_gradient_checkpointing_computes_the_same_again() -> None:

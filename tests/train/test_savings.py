@@ -11,7 +11,7 @@ import torch
 
 from tests import chat
 from veneer.core.errors import ConfigError
-from veneer.engine import checkpointing, precision, room
+from veneer.engine import checkpointing, matmul, precision, room
 from veneer.train.config import OptimiserName, RunConfig
 from veneer.train.loop import RunResult, train
 from veneer.train.savings import size
@@ -51,6 +51,30 @@ def test_auto_computes_in_what_was_measured(tmp_path: Path, faster: str, monkeyp
     # Whoever goes on with this run finds the choice, not the question.
     assert RunConfig.read(tmp_path / "auto/run.yaml").precision == faster
     assert auto.record.train_loss == plain.record.train_loss
+
+
+@pytest.mark.parametrize("faster", ["torch", "onednn"])
+def test_auto_multiplies_with_what_was_measured(tmp_path: Path, faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"torch": 10.0, "onednn": 10.0, faster: 20.0}
+    monkeypatch.setattr(matmul, "measure", lambda width: matmul.Matmuls(**rates, error=1e-7))
+    monkeypatch.setattr(matmul, "check", lambda library: None)
+    seen = []
+    sets, before = torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda to: (seen.append(to), sets(to)))
+    record = run(tmp_path / "run").record
+    assert seen == (["medium", before] if faster == "onednn" else [])
+    assert torch.get_float32_matmul_precision() == before
+    assert record.notes[0].startswith("matmul=auto is onednn: ") == (faster == "onednn")
+    assert RunConfig.read(tmp_path / "run/run.yaml").matmul == faster
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+def test_either_library_learns_the_same(tmp_path: Path, name: str) -> None:
+    asked, plain = run(tmp_path / "a", matmul=name).record, run(tmp_path / "b").record
+    assert RunConfig.read(tmp_path / "a/run.yaml").matmul == name
+    # A narrow model has nothing to gain, and auto leaves it to torch.
+    assert RunConfig.read(tmp_path / "b/run.yaml").matmul == "torch"
+    assert asked.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
 
 
 def weights(result: RunResult) -> dict[str, torch.Tensor]:

@@ -63,8 +63,8 @@ def _version(package: str) -> str | None:
 def _devices() -> dict[str, Any]:
     import torch
 
+    from veneer.engine import matmul, precision
     from veneer.engine.allocator import allocator
-    from veneer.engine.precision import measure
 
     cuda = torch.cuda.is_available()
     used = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -76,7 +76,8 @@ def _devices() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "allocator": allocator(),
-        "precision_auto": str(measure(512, torch.device(used))),
+        "matmul_auto": str(matmul.measure(512) or "torch") if used == "cpu" else None,
+        "precision_auto": str(precision.measure(512, torch.device(used))),
     }
 
 

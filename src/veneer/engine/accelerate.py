@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
 
+from veneer.engine import matmul as matmul_
 from veneer.engine.allocator import keep_freed_memory
 from veneer.engine.head import form_of, language_loss, underlying
 from veneer.engine.kernels import Kernels, use_kernels
@@ -27,15 +29,24 @@ class Acceleration:
     """Kernels in the place of its modules; None when they were not asked for."""
     packing: Packing | None
     """Whether it takes packed rows; None when that was not asked for."""
+    matmul: matmul_.Library = "torch"
+    """What multiplies float32 matrices from ``start`` on: in the whole process, which has one setting for it."""
+    _started: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
+
+    def start(self) -> Self:
+        """Let the library multiply."""
+        self._started.enter_context(matmul_.multiplying(self.matmul))
+        return self
 
     def __enter__(self) -> Self:
-        return self
+        return self.start()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.undo()
 
     def undo(self) -> None:
         """Make the model again what it was, apart from what it learned; done by itself at the end of a with block."""
+        self._started.close()
         if self.packing is not None:
             self.packing.undo()
         if self.kernels is not None:
@@ -50,15 +61,28 @@ _accelerated: weakref.WeakKeyDictionary[nn.Module, Callable[[], None]] = weakref
 """From a model that ``accelerated`` changed to what takes the change back."""
 
 
-def accelerate(model: nn.Module, *, kernels: bool = True, packing: bool = True) -> Acceleration:
-    """Put kernels in place and make the model ready for packed rows; its forward and its loss stay its own."""
+def accelerate(
+    model: nn.Module, *, kernels: bool = True, packing: bool = True, matmul: matmul_.Library = "torch"
+) -> Acceleration:
+    """Put kernels in place and make the model ready for packed rows; its forward and its loss stay its own.
+
+    Raises:
+        ConfigError: oneDNN where it is not exact.
+    """
+    matmul_.check(matmul)
     put = use_kernels(model) if kernels else None
     # The form of the head is looked at here, before the model is spread over processes.
     form_of(model)
-    return Acceleration(put, use_packing(model) if packing else None)
+    return Acceleration(put, use_packing(model) if packing else None, matmul)
 
 
-def accelerated(model: nn.Module, *, kernels: bool = True, packing: bool = True) -> nn.Module:
+def accelerated(
+    model: nn.Module,
+    *,
+    kernels: bool = True,
+    packing: bool = True,
+    matmul: Literal["auto", "torch", "onednn"] = "auto",
+) -> nn.Module:
     """Make a model train faster and in less memory in ``transformers.Trainer``, TRL's ``SFTTrainer`` or a loop.
 
     >>> model = veneer.accelerated(get_peft_model(model, config))
@@ -73,12 +97,18 @@ def accelerated(model: nn.Module, *, kernels: bool = True, packing: bool = True)
         model: an adapted model, or a transformers model; changed in place.
         kernels: whether to put kernels in place.
         packing: whether packed rows are to be kept apart.
+        matmul: the library that multiplies float32 matrices on a CPU: torch's own, or oneDNN; "auto" measures which is
+            faster, and takes oneDNN only where its products are as exact.
 
     Returns:
         The model.
+
+    Raises:
+        ConfigError: oneDNN where it is not exact.
     """
     restored(model)
-    done = accelerate(model, kernels=kernels, packing=packing and form_of(model) is not None)
+    library = _faster(model) if matmul == "auto" else matmul
+    done = accelerate(model, kernels=kernels, packing=packing and form_of(model) is not None, matmul=library).start()
     keep_freed_memory()
     bare = underlying(model)
     if form_of(model) is not None:
@@ -90,6 +120,14 @@ def accelerated(model: nn.Module, *, kernels: bool = True, packing: bool = True)
 
     _accelerated[model] = undo
     return model
+
+
+def _faster(model: nn.Module) -> matmul_.Library:
+    config: Any = getattr(underlying(model), "config", None)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    width = getattr(config.get_text_config(), "hidden_size", 0) if on_cpu and hasattr(config, "get_text_config") else 0
+    products = matmul_.measure(width)
+    return "torch" if products is None else products.chosen
 
 
 def restored(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from veneer.adapters.model import PeftModel
+from veneer.kernels.cross_entropy import linear_cross_entropy
 
 IGNORED = -100
 """The label of a token that is not supervised; torch's cross entropy skips it."""
@@ -216,6 +217,10 @@ def _of_hidden(
     if not torch.is_grad_enabled():
         found = [_of_logits(form(project(h)), targets, reduction) for h, targets in chunks]
         return HeadLoss(join([one.total for one in found]), targets_N.numel(), sum(one.correct for one in found))
+    if reduction == "sum" and _is_frozen(head, h_ND):
+        weights: Any = head.weight, head.bias
+        total = linear_cross_entropy(h_ND, *weights, targets_N, scale=form.scale, cap=form.cap, chunk=CHUNK)
+        return HeadLoss(total, targets_N.numel(), 0)
     if reduction == "sum" and form.cap is None and _is_plain(head) and not torch.is_autocast_enabled(h_ND.device.type):
         h_ND = h_ND if form.scale == 1.0 else h_ND * form.scale
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
@@ -243,8 +248,18 @@ def _of_logits(logits_NV: Tensor, targets_N: Tensor, reduction: Reduction) -> He
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether the head is a product with its weight and nothing else, wide enough to be summed as it is."""
+    return _is_bare(head) and head.weight.dtype in (torch.float32, torch.float64)
+
+
+def _is_frozen(head: nn.Module, h_ND: Tensor) -> bool:
+    """Whether the head is a product with a frozen weight of half precision, which is also its input's."""
     return (
-        type(head) is nn.Linear
-        and head.weight.dtype in (torch.float32, torch.float64)
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        _is_bare(head)
+        and h_ND.dtype == head.weight.dtype in (torch.bfloat16, torch.float16)
+        and not any(parameter.requires_grad for parameter in head.parameters())
     )
+
+
+def _is_bare(head: nn.Module) -> bool:
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return type(head) is nn.Linear and not any(hooks)

@@ -22,9 +22,9 @@ def member_of(module: nn.Module, x: Tensor) -> Member | None:
     """A layer's frozen weight with the factors that are to be added, or None where it must be called by itself.
 
     That is so with more than one active adapter, with another variant than LoRA, with dropout, merged or routed
-    rows, hooks, weights that learn, several dtypes, and under autocast.
+    rows, hooks, weights that learn, frozen weights of another dtype than the input, and under an autocast to another.
     """
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or _hooked(module):
+    if _is_cast(x) or torch.compiler.is_compiling() or _hooked(module):
         return None
     if not isinstance(module, AdaptedLayer):
         return _frozen(module, x)
@@ -42,10 +42,15 @@ def member_of(module: nn.Module, x: Tensor) -> Member | None:
     given = module.given(name)
     if tuple(given) != _FACTORS:
         return None
-    A_RI, B_OR = (given[factor] for factor in _FACTORS)
-    if A_RI.dtype != x.dtype or B_OR.dtype != x.dtype:
-        return None
+    # Factors learn in float32 on a bfloat16 base, and are thin: they follow the input, as in lora_linear.
+    A_RI, B_OR = (given[factor].to(x.dtype) for factor in _FACTORS)
     return Member(plain.W_OI, plain.bias, A_RI, B_OR, module.scaling[name])
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast would compute in another dtype than the input has."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
 def _frozen(module: nn.Module, x: Tensor) -> Member | None:

@@ -153,6 +153,9 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Store the frozen base's linear layers in 4 or 8 bits (QLoRA); needs bitsandbytes and method lora."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """The arithmetic of the forward pass; what is trained stays in fp32. auto measures which one is faster here."""
+    matmul: Literal["auto", "torch", "onednn"] = "auto"
+    """The library that multiplies fp32 matrices on a CPU: torch's own, or oneDNN where its products are as exact; auto
+    measures which one is faster here."""
     max_length: int = Field(1024, ge=2)
     """Tokens after which an example is cut."""
     truncate: Truncation = "end"

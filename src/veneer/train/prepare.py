@@ -111,7 +111,8 @@ def prepare(
     gather = gathering(task, sets.train.examples, tokenizer, config.batch_size)
     trained = prepared(model, config, task.task_type, gather, task.program)
     packs = task.packs and config.packing != "off"
-    speed = accelerate(trained.model, kernels=config.kernels == "on", packing=packs)
+    library = "torch" if config.matmul == "auto" else config.matmul
+    speed = accelerate(trained.model, kernels=config.kernels == "on", packing=packs, matmul=library)
     batching, decided = _batching(config, speed, sets, processes)
     steps = config.max_steps or max(1, round(batching.steps_per_pass * config.epochs))
     if isinstance(trained.model, PeftModel):
