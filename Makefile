@@ -40,13 +40,14 @@ bench: $(READY)  ## Measure against PEFT; wants a quiet machine.
 	$(BIN)/python benchmarks/bench_inits.py
 	$(BIN)/python benchmarks/bench_qlora.py
 
-# The originals of the data sets are in FROM, a folder each (recipes/README.md); RECIPES names some of the recipes.
+# The originals of the data sets are in FROM, a folder each (recipes/README.md); RECIPES names some of the recipes,
+# COMPARE=1 adds full fine-tuning and the head alone.
 recipes: $(READY)  ## Run the recipes whole: make recipes FROM=folder [RECIPES="sst2 trec"].
 	@test -n "$(FROM)" || { echo 'Say where the data is: make recipes FROM=folder (recipes/README.md)' >&2; exit 2; }
 	mkdir -p runs/recipes
 	$(BIN)/python recipes/originals.py $(FROM) --into runs/recipes/data
 	$(BIN)/python recipes/models.py --into runs/recipes/models
-	$(BIN)/python recipes/run.py $(RECIPES) --work runs/recipes
+	$(BIN)/python recipes/run.py $(RECIPES) $(if $(COMPARE),--compare) --work runs/recipes
 
 format: $(READY)  ## Format the code and fix what the linter can.
 	$(BIN)/ruff format .

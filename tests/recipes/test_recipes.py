@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import gzip
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 import transformers
 
 from tests import chat, words
+from veneer.cli.main import main
 
 HERE = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -105,14 +109,86 @@ def test_originals_become_rows(work: Path) -> None:
     assert ORIGINALS.convert(work / "nothing", work / "elsewhere") == list(ORIGINALS.SETS)
 
 
+def runs() -> list[Any]:
+    """Every recipe, and every other method that one names."""
+    known = RUN.recipes().values()
+    return [
+        pytest.param(one, method, id=one.name + (f"-{method}" * bool(method)))
+        for one in known
+        for method in [None, *one.methods]
+    ]
+
+
+def here(arguments: list[str]) -> str:
+    """A command in this process, which is faster."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(arguments) == 0
+    return said.getvalue()
+
+
 @pytest.mark.filterwarnings("ignore:The model's head told 0, 1")
-@pytest.mark.parametrize("name", RUN.recipes())
-def test_a_recipe_runs(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recipe", "method"), runs())
+def test_a_recipe_runs(recipe: Any, method: str | None, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
-    recipe = RUN.recipes()[name]
-    result = RUN.run(recipe, steps=2)
-    assert result["trained"]["steps"] == 2
-    assert recipe.metric in result["metrics"]
+    monkeypatch.setattr(RUN, "veneer", here)
+    result = RUN.run(recipe, 2, method)
+    assert result.trained["steps"] == 2
+    assert result.trained["method"] == method or (method is None and result.trained["method"] in ("lora", "full"))
+    assert recipe.metric in result.metrics
+    assert set(result.answers) == ({"untrained", result.trained["method"]} if recipe.question else set())
     RUN.show([result])
-    RUN.record([result], work / "results.csv")
-    assert f"python recipes/run.py {name}" in (work / "results.csv").read_text()
+    RUN.record(result, work / "results.csv")
+    assert f"python recipes/run.py {result.name}\n" in (work / "results.csv").read_text()
+
+
+def test_a_command_has_a_process_of_its_own() -> None:
+    assert json.loads(RUN.veneer(["env", "--json"]))
+    with pytest.raises(SystemExit, match="veneer inspect failed with exit code 2"):
+        RUN.veneer(["inspect", "./nothing"])
+
+
+def result(name: str, value: float, method: str | None = None) -> Any:
+    recipe = RUN.recipes()[name]
+    trained = {"method": method or "lora", "trainable": 1, "peak_memory": 10**9}
+    return RUN.Result(recipe, method, 60.0, {"loss": 0.5, recipe.metric: value}, trained)
+
+
+def test_a_verdict_counts_in_points() -> None:
+    of = [result("sst2", 0.884), result("sst2", 0.886, "full"), result("sst2", 0.695, "head")]
+    assert RUN.verdict(of) == "lora: 0.2 points below full (within 1 point), 18.9 points above the head alone."
+    of = [result("xquad", 15.5), result("xquad", 18.0, "full"), result("xquad", 15.5, "head")]
+    assert RUN.verdict(of) == "lora: 2.5 points below full (more than 1 point), 0 points above the head alone."
+    of = [result("instruct", 2.25), result("instruct", 2.0, "full")]
+    assert RUN.verdict(of) == "lora: 0.25 worse than full."
+
+
+def test_recipes_are_chosen_by_name_and_method() -> None:
+    (whole,) = RUN.chosen(["sst2"], compare=True)
+    assert whole[1] == [None, "full", "head"]
+    assert RUN.chosen(["sst2:full"], compare=True)[0][1] == ["full"]
+    config = whole[0].config("full")
+    assert config["output"] == "runs/sst2-full"
+    assert float(config["learning_rate"]) == 5e-5
+    assert not {"r", "lora_alpha", "target_modules"} & set(config)
+    with pytest.raises(ValueError, match="no recipe 'sst3'"):
+        RUN.chosen(["sst3"], compare=False)
+    with pytest.raises(ValueError, match="gsm8k says nothing of 'head'"):
+        RUN.chosen(["gsm8k:head"], compare=False)
+
+
+def test_a_comparison_is_printed_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RUN, "run", lambda recipe, _, method: result(recipe.name, 0.95, method))
+    RUN.main(["trec", "--compare"])
+    said = capsys.readouterr().out
+    assert "lora: 0 points above full (within 1 point), 0 points above the head alone." in said
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["method"] for row in rows if row["metric"] == "accuracy"] == ["lora", "full", "head"]
+    monkeypatch.setattr(RUN, "run", lambda recipe, _, method: result(recipe.name, 0.5, method))
+    with pytest.raises(SystemExit, match="Below what was expected: trec\\."):
+        RUN.main(["trec", "--compare"])
+    RUN.main(["trec:full"])
