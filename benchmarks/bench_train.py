@@ -5,10 +5,13 @@ the second part is trained; "fixed" is rows of one length, half or all of which 
 classifier of MiniLM-L6's shape. Peers: PEFT + Trainer, full fine-tuning + Trainer, and TRL's SFTTrainer with packing,
 which puts other examples into a step and is compared by tokens a second alone. All but TRL take the same examples in
 the same steps from the same adapter weights, so that their loss curves can be laid over each other (--plot).
+"veneer-bf16" and "peft-bf16" compute in bfloat16 on a bfloat16 base, as veneer does with precision=auto where that is
+faster: beside each other, and beside PEFT as it is without being told anything.
 
 Each peer runs in a process of its own and waits between its steps: steps are taken in turn. Memory is the most that
-the whole process has held. The limit is what a float32 matrix product reaches; the fraction of it counts what LoRA
-cannot do without: four products of every weight with every token, and of the head with every trained token.
+the whole process has held. The limit is what a matrix product reaches in the arithmetic of a peer; the fraction of it
+counts what LoRA cannot do without: four products of every weight with every token, and of the head with every trained
+token.
 
     python benchmarks/bench_train.py --case ragged-q,v --steps 6
     python benchmarks/bench_train.py --growth        # 2x, 4x, 8x tokens and layers, as growth.png
@@ -28,7 +31,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, SMOLLM2, Results, Worker, gemm_limit, in_turn, peak_memory, ratio_of_medians
+from measure import RESULTS, SMOLLM2, Results, Worker, gemm_limits, in_turn, peak_memory, ratio_of_medians
 
 TINY = {**SMOLLM2, "num_hidden_layers": 2, "hidden_size": 72, "intermediate_size": 96, "vocab_size": 512}
 MINILM = {
@@ -39,11 +42,12 @@ MINILM = {
     "vocab_size": 30522,
 }
 QV, ALL = ["q_proj", "v_proj"], "all-linear"
+BOTH = ("veneer", "peft", "veneer-bf16", "peft-bf16")
 CASES: dict[str, dict[str, Any]] = {
-    "ragged-q,v": {"targets": QV, "peers": ("veneer", "peft", "trl", "full")},
-    "ragged-all": {"targets": ALL, "peers": ("veneer", "peft", "trl")},
-    "fixed-half-q,v": {"targets": QV, "length": 256, "trained": 0.5, "peers": ("veneer", "peft", "full")},
-    "fixed-all-q,v": {"targets": QV, "length": 256, "trained": 1.0, "peers": ("veneer", "peft")},
+    "ragged-q,v": {"targets": QV, "peers": (*BOTH, "trl", "full")},
+    "ragged-all": {"targets": ALL, "peers": (*BOTH, "trl")},
+    "fixed-half-q,v": {"targets": QV, "length": 256, "trained": 0.5, "peers": (*BOTH, "full")},
+    "fixed-all-q,v": {"targets": QV, "length": 256, "trained": 1.0, "peers": BOTH},
     "classify": {"targets": ["query", "value"], "peers": ("veneer", "peft", "full")},
 }
 RATE = 2e-4
@@ -58,13 +62,14 @@ def main() -> None:
         serve(options)
         return
     results = Results("train", options.results)
-    limit = gemm_limit(0.2 if options.tiny else 2.0)
-    results.add("float32 2048x2048x2048", "GEMM limit", limit, None, None, "GFLOP/s")
+    limits = gemm_limits(0.2 if options.tiny else 2.0)
+    for name, limit in limits.items():
+        results.add(f"{name} 2048x2048x2048", "GEMM limit", limit, None, None, "GFLOP/s")
     with tempfile.TemporaryDirectory() as name:
         if options.growth:
             growth(Path(name), options)
             return
-        curves = {case: measure(case, Path(name), options, limit, results) for case in options.case}
+        curves = {case: measure(case, Path(name), options, limits, results) for case in options.case}
     results.save()
     if options.plot:
         draw(curves, options.plot)
@@ -168,7 +173,7 @@ def serve(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     case = options.case[0]
     answer = Answer()
-    if options.worker == "veneer" and case != "classify":
+    if options.worker.startswith("veneer") and case != "classify":
         run_veneer(options, case, answer)
     elif options.worker == "trl":
         run_trl(options, case, answer)
@@ -205,13 +210,14 @@ def loaded(options: argparse.Namespace, case: str) -> tuple[Any, list[Example]]:
     import transformers
 
     auto = transformers.AutoModelForSequenceClassification if case == "classify" else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(options.work / "model", dtype=torch.float32)
+    narrow = options.worker.endswith("-bf16")
+    model = auto.from_pretrained(options.work / "model", dtype=torch.bfloat16 if narrow else torch.float32)
     sets = json.loads((options.work / "examples.json").read_text())
     # PEFT's user draws at random; for language the steps hold the same examples everywhere.
     examples = sets["random" if case == "classify" and options.worker != "veneer" else "veneer"]
     if options.worker == "full":
         return model, examples
-    if options.worker == "veneer":
+    if options.worker.startswith("veneer"):
         from veneer import PeftModel
     else:
         from peft import PeftModel
@@ -226,6 +232,7 @@ def run_veneer(options: argparse.Namespace, case: str, answer: Answer) -> None:
 
     from veneer.data.batching import Batching
     from veneer.data.encode import Encoded, EncodedSet
+    from veneer.engine import matmul
     from veneer.engine.accelerate import accelerate
     from veneer.engine.allocator import keep_freed_memory
     from veneer.tasks.causal_lm import Task
@@ -239,7 +246,8 @@ def run_veneer(options: argparse.Namespace, case: str, answer: Answer) -> None:
     model, examples = loaded(options, case)
     encoded = tuple(Encoded(str(at), e["input_ids"], e["labels"]) for at, e in enumerate(examples))
     config = RunConfig(output="none", schedule="constant", warmup=0, learning_rate=RATE, target_modules="all-linear")
-    speed = accelerate(model.train())
+    products = matmul.measure(model.config.hidden_size)
+    speed = accelerate(model.train(), matmul="torch" if products is None else products.chosen)
     lengths = [len(example.input_ids) for example in encoded]
     batching = Batching(lengths, options.batch, packed=True, max_tokens=MAX_TOKENS["cpu"])
     # The examples lie in the order of their steps already.
@@ -256,14 +264,15 @@ def run_veneer(options: argparse.Namespace, case: str, answer: Answer) -> None:
         speed=speed,
         steps=options.steps + 2,
     )
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="bf16" if options.worker.endswith("-bf16") else "no")
     learner = Learner(plan, accelerator)
     batches = batches_from(plan, 0, process=0, device=accelerator.device)
-    for step in range(1, options.steps + 3):
+    with speed:
+        for step in range(1, options.steps + 3):
+            answer.wait()
+            taken = learner.take(next(batches), step)
+            answer.done(taken.tally.loss / taken.tally.units, taken.tokens)
         answer.wait()
-        taken = learner.take(next(batches), step)
-        answer.done(taken.tally.loss / taken.tally.units, taken.tokens)
-    answer.wait()
 
 
 def arguments(options: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -280,6 +289,7 @@ def arguments(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "bf16": options.worker.endswith("-bf16"),
         "remove_unused_columns": False,
     }
 
@@ -353,7 +363,7 @@ def run_trl(options: argparse.Namespace, case: str, answer: Answer) -> None:
         settings = {**arguments(options, folder), "per_device_train_batch_size": 1}
         trainer = SFTTrainer(
             model=model,
-            args=SFTConfig(**settings, packing=True, max_length=1024, bf16=False),
+            args=SFTConfig(**settings, packing=True, max_length=1024),
             train_dataset=Dataset.from_list(rows),
             processing_class=processing(),
             callbacks=[stepwise(answer, lambda step: read[-1])],
@@ -384,13 +394,13 @@ def processing() -> Any:
 
 
 def measure(
-    case: str, work: Path, options: argparse.Namespace, limit: float, results: Results
+    case: str, work: Path, options: argparse.Namespace, limits: dict[str, float], results: Results
 ) -> dict[str, list[float]]:
     """Run one case with all its peers in turn; their losses by step."""
     options = _sized(options, options.batch or (4 if "length" in CASES[case] else 8))
     place = prepared(case, work / case, options)
     passed = ["--case", case, "--batch", str(options.batch), "--steps", str(options.steps), "--work", str(place)]
-    peers = CASES[case]["peers"]
+    peers = tuple(peer for peer in CASES[case]["peers"] if "bf16" in limits or not peer.endswith("-bf16"))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(Path(__file__), *passed, "--worker", name)) for name in peers}
         warm = in_turn(workers, "step", 2)
@@ -398,18 +408,32 @@ def measure(
         memory = {name: worker.ask("peak")["megabytes"] for name, worker in workers.items()}
     speed = {name: [a["tokens"] / a["seconds"] for a in answers[name]] for name in peers}
     losses = {name: [a["loss"] for a in (*warm[name], *answers[name])] for name in peers if name != "trl"}
-    if case != "classify" and max(v[0] for v in losses.values()) - min(v[0] for v in losses.values()) > 2e-3:
-        raise SystemExit(f"the peers do not compute the same: their first losses are {losses}")
+    first = {name: values[0] for name, values in losses.items()}
+    if case != "classify" and max(first.values()) - min(first.values()) > (2e-2 if "veneer-bf16" in first else 2e-3):
+        raise SystemExit(f"the peers do not compute the same: their first losses are {first}")
     flops = work_per_token(place, case)
-    label = f"{case} r=8 fp32 batch {options.batch}{' tiny' if options.tiny else ''}"
-    for peer in peers[1:]:
-        ours, theirs = (statistics.median(speed[name]) for name in ("veneer", peer))
-        beside = f"{label} beside {peer}"
-        results.add(beside, "tokens/s", ours, theirs, ratio_of_medians(speed["veneer"], speed[peer]), "tokens/s")
-        results.add(beside, "peak memory", memory["veneer"], memory[peer], memory["veneer"] / memory[peer], "MB")
-        reached = [rate * flops / limit for rate in (ours, theirs)]
+    label = f"{case} r=8 batch {options.batch}{' tiny' if options.tiny else ''}"
+    for own, peer in pairs(peers):
+        ours, theirs = (statistics.median(speed[name]) for name in (own, peer))
+        beside = f"{label} {_told(own)} beside {_told(peer)}"
+        results.add(beside, "tokens/s", ours, theirs, ratio_of_medians(speed[own], speed[peer]), "tokens/s")
+        results.add(beside, "peak memory", memory[own], memory[peer], memory[own] / memory[peer], "MB")
+        reached = [
+            rate * flops / limits["bf16" if name.endswith("-bf16") else "fp32"]
+            for name, rate in ((own, ours), (peer, theirs))
+        ]
         results.add(beside, "of GEMM limit", *reached, reached[0] / reached[1], "")
     return losses
+
+
+def pairs(peers: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Who is put beside whom: veneer beside all that compute in float32, its bfloat16 beside PEFT's and the default."""
+    found = [("veneer", peer) for peer in peers if peer != "veneer" and not peer.endswith("-bf16")]
+    return found + [("veneer-bf16", peer) for peer in ("peft", "peft-bf16") if "veneer-bf16" in peers]
+
+
+def _told(peer: str) -> str:
+    return peer.replace("-", " ") if peer.endswith("-bf16") else f"{peer} fp32"
 
 
 def work_per_token(place: Path, case: str) -> float:
@@ -435,7 +459,13 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     figure = Figure(figsize=(4 * len(curves), 3.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    styles = {"veneer": ("#d1622b", "-", 3.5), "peft": ("#3b6fb6", "--", 1.8), "full": ("#8a9099", ":", 1.8)}
+    styles = {
+        "veneer": ("#d1622b", "-", 4.5),
+        "veneer-bf16": ("#f0b48a", "-", 2.2),
+        "peft": ("#3b6fb6", "--", 1.8),
+        "peft-bf16": ("#7fb0e0", "-.", 1.4),
+        "full": ("#8a9099", ":", 1.8),
+    }
     for number, (case, losses) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(1, len(curves), number)
         for name, values in losses.items():

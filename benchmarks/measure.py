@@ -136,13 +136,32 @@ def peak_memory() -> float:
     return int(found.group(1)) * 1024 / 1e6
 
 
-def gemm_limit(seconds: float = 2.0) -> float:
-    """The most GFLOP/s that a float32 matrix product reaches here on torch's threads."""
+def gemm_limits(seconds: float = 2.0) -> dict[str, float]:
+    """The most GFLOP/s that a matrix product reaches here on torch's threads: in fp32 by either library, and in bf16.
+
+    "fp32" is the faster of "fp32 torch" and "fp32 onednn"; without "bf16" that is too slow here to be of use.
+    """
+    import torch
+
+    from veneer.engine import precision
+    from veneer.engine.matmul import multiplying
+
+    found = {"fp32 torch": gemm_limit(seconds)}
+    with multiplying("onednn"):
+        found["fp32 onednn"] = gemm_limit(seconds)
+    found = {"fp32": max(found.values()), **found}
+    if precision.measure(1024, torch.device("cpu")).chosen == "bf16":
+        found["bf16"] = gemm_limit(seconds, torch.bfloat16)
+    return found
+
+
+def gemm_limit(seconds: float = 2.0, dtype: Any = None) -> float:
+    """The most GFLOP/s that a matrix product reaches here on torch's threads, in float32 or another dtype."""
     import torch
 
     size = 2048
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out = torch.empty(size, size)
+    a, b = (torch.randn(size, size).to(dtype or torch.float32) for _ in range(2))
+    out = torch.empty(size, size, dtype=a.dtype)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
