@@ -1,4 +1,4 @@
-"""What classifiers share: the loss of a head's outputs, and what they say.
+"""What classifiers of whole examples share: a text's, an image's.
 
 Shape legend: B examples, C labels.
 """
@@ -6,19 +6,116 @@ Shape legend: B examples, C labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.data.encode import Encoded
+from veneer.data.rows import Row
 from veneer.tasks import figures
-from veneer.tasks.labels import Labels
-from veneer.tasks.task import BatchLoss, Prediction, Tally
+from veneer.tasks.figures import GOALS, TOP5
+from veneer.tasks.labels import UNKNOWN, Labels, value_of
+from veneer.tasks.task import AbstractTask, BatchLoss, Goals, Piece, Prediction, Tally
+
+COLUMN = "label"
 
 
-def loss(labels: Labels, logits: Tensor, truth: Tensor | None) -> BatchLoss:
+@dataclass(frozen=True)
+class AbstractClassifier(AbstractTask):
+    """A head's outputs are compared with the row's label, labels or number; a unit is an example."""
+
+    labels: Labels = UNKNOWN
+
+    packs: ClassVar[bool] = False
+    top5: ClassVar[bool] = False
+    """Whether to tell as well how often the right label is among the five likeliest."""
+
+    @abstractmethod
+    def seen(self, row: Row) -> object:
+        """What the model is to see of a row.
+
+        Raises:
+            DataError: it is not there.
+        """
+
+    @abstractmethod
+    def inputs(self, examples: Sequence[Encoded], processor: Any) -> dict[str, Tensor]:
+        """A batch without its labels."""
+
+    @abstractmethod
+    def told(self, example: Encoded, processor: Any) -> str:
+        """What the model sees of an example, in words."""
+
+    @property
+    def goals(self) -> Goals:
+        return {"loss": "min", **GOALS[self.labels.kind], **(TOP5 if self._has_top5 else {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.labels.to_dict()
+
+    def restored(self, values: Mapping[str, Any]) -> Self:
+        return replace(self, labels=Labels.restored(values))
+
+    def model_options(self) -> dict[str, Any]:
+        return self.labels.model_options()
+
+    def check(self, row: Row, *, labelled: bool = True) -> None:
+        self.seen(row)
+        if labelled:
+            value_of(row, COLUMN)
+
+    def prepare(self, rows: Iterable[Row], processor: Any) -> tuple[Any, list[str]]:
+        return processor, []
+
+    def ids(self, row: Row, *, labelled: bool) -> list[int] | list[float]:
+        """A row's label as numbers; none where it is to be told."""
+        return self.labels.ids(row, COLUMN) if labelled else []
+
+    def collate(self, examples: Sequence[Encoded], processor: Any, *, packed: bool = False) -> dict[str, Tensor]:
+        batch = self.inputs(examples, processor)
+        return {**batch, "labels": self.labels.tensor(e.labels for e in examples)} if examples[0].labels else batch
+
+    def units(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> BatchLoss:
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+        return _loss(self.labels, logits, batch.get("labels"))
+
+    def read(self, outputs: Any, examples: Sequence[Encoded], processor: Any) -> list[Prediction]:
+        return _predictions(self.labels, outputs)
+
+    def metrics(self, tally: Tally, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
+        labels, truths = self.labels, [example.labels for example in examples]
+        found = {
+            "loss": tally.loss / tally.units if tally.units else math.nan,
+            **figures.figures(labels, truths, [_guess(labels, prediction) for prediction in predictions]),
+        }
+        if self._has_top5:
+            scores = [[prediction["scores"][name] for name in labels.names] for prediction in predictions]
+            found |= figures.top5(labels, [int(truth[0]) for truth in truths], scores)
+        return found
+
+    def details(self, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, Any]:
+        if self.labels.kind != "single" or not predictions:
+            return {}
+        guesses = [self.labels.names.index(prediction["label"]) for prediction in predictions]
+        return figures.confusion(self.labels, [int(example.labels[0]) for example in examples], guesses)
+
+    def preview(self, example: Encoded, processor: Any) -> list[Piece]:
+        seen = self.told(example, processor)
+        return [Piece(seen, trained=False), Piece(_words(self.labels, example.labels), trained=True)]
+
+    @property
+    def _has_top5(self) -> bool:
+        return self.top5 and self.labels.kind == "single" and len(self.labels.names) > 5
+
+
+def _loss(labels: Labels, logits: Tensor, truth: Tensor | None) -> BatchLoss:
     """The summed loss of a head's outputs.
 
     Args:
@@ -42,7 +139,7 @@ def loss(labels: Labels, logits: Tensor, truth: Tensor | None) -> BatchLoss:
     return BatchLoss(total, Tally(float(total.detach()), len(truth), correct), logits.detach())
 
 
-def predictions(labels: Labels, logits: Tensor) -> list[Prediction]:
+def _predictions(labels: Labels, logits: Tensor) -> list[Prediction]:
     """From (B, C) outputs to the labels they mean, with a score for each; of a regression, to numbers."""
     if labels.kind == "regression":
         return [{"value": float(value)} for value in logits.squeeze(-1)]
@@ -58,35 +155,7 @@ def predictions(labels: Labels, logits: Tensor) -> list[Prediction]:
     return found
 
 
-def metrics(labels: Labels, tally: Tally, found: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
-    """The mean loss, and the figures of this kind of label."""
-    mean = tally.loss / tally.units if tally.units else math.nan
-    truths = [example.labels for example in examples]
-    return {"loss": mean, **figures.figures(labels, truths, [_guess(labels, prediction) for prediction in found])}
-
-
-def details(labels: Labels, found: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, Any]:
-    """How often each label was taken for each, where there is one label an example."""
-    if labels.kind != "single" or not found:
-        return {}
-    guesses = [labels.names.index(prediction["label"]) for prediction in found]
-    return figures.confusion(labels, [int(example.labels[0]) for example in examples], guesses)
-
-
-def has_top5(labels: Labels) -> bool:
-    """Whether being among the five likeliest means anything."""
-    return labels.kind == "single" and len(labels.names) > 5
-
-
-def top5(labels: Labels, found: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
-    """How often the right label is among the five likeliest, where there are more than five."""
-    if not has_top5(labels):
-        return {}
-    scores = [[prediction["scores"][name] for name in labels.names] for prediction in found]
-    return figures.top5(labels, [int(example.labels[0]) for example in examples], scores)
-
-
-def told(labels: Labels, ids: Sequence[float]) -> str:
+def _words(labels: Labels, ids: Sequence[float]) -> str:
     """An example's label in words."""
     if labels.kind == "regression":
         return f" {ids[0]:g}"
