@@ -10,7 +10,8 @@ from veneer.tasks.task import Piece
 
 def shown(*pieces: Piece, colour: bool = False) -> str:
     stream = io.StringIO()
-    console = Console(file=stream, width=80, force_terminal=colour, color_system="standard" if colour else None)
+    colours = {"color_system": "standard" if colour else None, "no_color": not colour}
+    console = Console(file=stream, width=80, force_terminal=colour, **colours)
     console.print(preview(pieces, origin="train.jsonl:3"))
     return stream.getvalue()
 
