@@ -5,6 +5,7 @@ the second part is trained; "fixed" is rows of one length, half or all of which 
 classifier of MiniLM-L6's shape. Peers: PEFT + Trainer, full fine-tuning + Trainer, and TRL's SFTTrainer with packing,
 which puts other examples into a step and is compared by tokens a second alone. All but TRL take the same examples in
 the same steps from the same adapter weights, so that their loss curves can be laid over each other (--plot).
+"accelerated" is the Trainer with one line more, ``veneer.accelerated``, and "accelerated-trl" SFTTrainer with it.
 "veneer-bf16" and "peft-bf16" compute in bfloat16 on a bfloat16 base, as veneer does with precision=auto where that is
 faster: beside each other, and beside PEFT as it is without being told anything.
 
@@ -44,11 +45,11 @@ MINILM = {
 QV, ALL = ["q_proj", "v_proj"], "all-linear"
 BOTH = ("veneer", "peft", "veneer-bf16", "peft-bf16")
 CASES: dict[str, dict[str, Any]] = {
-    "ragged-q,v": {"targets": QV, "peers": (*BOTH, "trl", "full")},
+    "ragged-q,v": {"targets": QV, "peers": (*BOTH, "accelerated", "accelerated-trl", "trl", "full")},
     "ragged-all": {"targets": ALL, "peers": (*BOTH, "trl")},
     "fixed-half-q,v": {"targets": QV, "length": 256, "trained": 0.5, "peers": (*BOTH, "full")},
     "fixed-all-q,v": {"targets": QV, "length": 256, "trained": 1.0, "peers": BOTH},
-    "classify": {"targets": ["query", "value"], "peers": ("veneer", "peft", "full")},
+    "classify": {"targets": ["query", "value"], "peers": ("accelerated", "peft", "full")},
 }
 RATE = 2e-4
 Example = dict[str, Any]
@@ -173,9 +174,9 @@ def serve(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     case = options.case[0]
     answer = Answer()
-    if options.worker.startswith("veneer") and case != "classify":
+    if options.worker.startswith("veneer"):
         run_veneer(options, case, answer)
-    elif options.worker == "trl":
+    elif options.worker.endswith("trl"):
         run_trl(options, case, answer)
     else:
         run_trainer(options, case, answer)
@@ -214,14 +215,19 @@ def loaded(options: argparse.Namespace, case: str) -> tuple[Any, list[Example]]:
     model = auto.from_pretrained(options.work / "model", dtype=torch.bfloat16 if narrow else torch.float32)
     sets = json.loads((options.work / "examples.json").read_text())
     # PEFT's user draws at random; for language the steps hold the same examples everywhere.
-    examples = sets["random" if case == "classify" and options.worker != "veneer" else "veneer"]
+    examples = sets["random" if case == "classify" and options.worker != "accelerated" else "veneer"]
     if options.worker == "full":
         return model, examples
-    if options.worker.startswith("veneer"):
+    if options.worker.startswith(("veneer", "accelerated")):
         from veneer import PeftModel
     else:
         from peft import PeftModel
-    return PeftModel.from_pretrained(model, options.work / "adapter", is_trainable=True), examples
+    adapted = PeftModel.from_pretrained(model, options.work / "adapter", is_trainable=True)
+    if options.worker.startswith("accelerated"):
+        from veneer import accelerated
+
+        return accelerated(adapted), examples
+    return adapted, examples
 
 
 def run_veneer(options: argparse.Namespace, case: str, answer: Answer) -> None:
@@ -310,16 +316,13 @@ def stepwise(answer: Answer, sizes: Callable[[int], int]) -> Any:
 
 
 def run_trainer(options: argparse.Namespace, case: str, answer: Answer) -> None:
-    """transformers' Trainer, with PEFT, with the whole model, or (the classifier) with an accelerated veneer model."""
+    """transformers' Trainer: with PEFT, with the whole model, or with an accelerated model of veneer's."""
     import torch
     from torch.utils.data import SequentialSampler
-    from transformers import Trainer, TrainingArguments
+    from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
     model, examples = loaded(options, case)
-    if options.worker == "veneer":
-        from veneer import accelerated
-
-        model = accelerated(model)
+    flat = options.worker == "accelerated" and case != "classify"
 
     def collate(rows: list[Example]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -344,7 +347,7 @@ def run_trainer(options: argparse.Namespace, case: str, answer: Answer) -> None:
             model=model,
             args=TrainingArguments(**arguments(options, folder)),
             train_dataset=examples,
-            data_collator=collate,
+            data_collator=DataCollatorWithFlattening() if flat else collate,
             callbacks=[stepwise(answer, sizes)],
         )
         trainer.train()
@@ -407,7 +410,7 @@ def measure(
         answers = in_turn(workers, "step", options.steps)
         memory = {name: worker.ask("peak")["megabytes"] for name, worker in workers.items()}
     speed = {name: [a["tokens"] / a["seconds"] for a in answers[name]] for name in peers}
-    losses = {name: [a["loss"] for a in (*warm[name], *answers[name])] for name in peers if name != "trl"}
+    losses = {n: [a["loss"] for a in (*warm[n], *answers[n])] for n in peers if not n.endswith("trl")}
     first = {name: values[0] for name, values in losses.items()}
     if case != "classify" and max(first.values()) - min(first.values()) > (2e-2 if "veneer-bf16" in first else 2e-3):
         raise SystemExit(f"the peers do not compute the same: their first losses are {first}")
@@ -427,9 +430,12 @@ def measure(
 
 
 def pairs(peers: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Who is put beside whom: veneer beside all that compute in float32, its bfloat16 beside PEFT's and the default."""
-    found = [("veneer", peer) for peer in peers if peer != "veneer" and not peer.endswith("-bf16")]
-    return found + [("veneer-bf16", peer) for peer in ("peft", "peft-bf16") if "veneer-bf16" in peers]
+    """Who is put beside whom: the same arithmetic beside each other, and bfloat16 beside PEFT as it is by itself."""
+    first = peers[0]
+    found = [(first, peer) for peer in ("peft", "trl", "full")]
+    found += [("accelerated", "peft"), ("accelerated-trl", "trl")] if first == "veneer" else []
+    found += [("veneer-bf16", "peft"), ("veneer-bf16", "peft-bf16")]
+    return [pair for pair in found if set(pair) <= set(peers)]
 
 
 def _told(peer: str) -> str:
@@ -462,6 +468,7 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     styles = {
         "veneer": ("#d1622b", "-", 4.5),
         "veneer-bf16": ("#f0b48a", "-", 2.2),
+        "accelerated": ("#d1622b", ":", 3.0),
         "peft": ("#3b6fb6", "--", 1.8),
         "peft-bf16": ("#7fb0e0", "-.", 1.4),
         "full": ("#8a9099", ":", 1.8),
