@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from veneer.tasks.minilm import minilm
 from veneer.tasks.smollm import smollm
+
+if TYPE_CHECKING:
+    from transformers import DistilBertConfig
 
 
 def encoder_decoder(folder: Path, tokenizer: str) -> Path:
@@ -32,6 +36,44 @@ def encoder_decoder(folder: Path, tokenizer: str) -> Path:
             eos_token_id=words.sep_token_id,
         )
         T5ForConditionalGeneration(config).save_pretrained(folder)
+        words.save_pretrained(folder)
+    return folder
+
+
+def distilbert_config() -> DistilBertConfig:
+    """DistilBERT's published shape, 66M parameters (Sanh et al., arXiv 1910.01108)."""
+    from transformers import DistilBertConfig
+
+    return DistilBertConfig(
+        vocab_size=30522,
+        dim=768,
+        n_layers=6,
+        n_heads=12,
+        hidden_dim=3072,
+        max_position_embeddings=512,
+        dropout=0.1,
+        attention_dropout=0.1,
+        seq_classif_dropout=0.2,
+    )
+
+
+def distilbert(folder: Path, tokenizer: str, config: DistilBertConfig | None = None) -> Path:
+    """DistilBERT with random weights, for lack of trained ones in a package.
+
+    Args:
+        folder: to write to.
+        tokenizer: MiniLM's, which cuts words as DistilBERT's does.
+        config: another shape than the published one.
+    """
+    import torch
+    from transformers import AutoTokenizer, DistilBertModel
+
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        DistilBertModel(config or distilbert_config()).save_pretrained(folder)
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        # DistilBERT does not tell segments apart.
+        words.model_input_names = ["input_ids", "attention_mask"]
         words.save_pretrained(folder)
     return folder
 
@@ -70,6 +112,7 @@ def main() -> None:
         if not place.exists():
             place.symlink_to(Path(fetch(print)).resolve())
     encoder_decoder(into / "encoder-decoder", str(into / "minilm"))
+    distilbert(into / "distilbert", str(into / "minilm"))
     vision(into / "vit")
     print(f"Models in {into}: {', '.join(sorted(path.name for path in into.iterdir()))}")
 

