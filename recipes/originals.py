@@ -17,6 +17,7 @@ import gettext
 import gzip
 import json
 import random
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,12 +112,38 @@ def multi30k_vectors(folder: Path, split: str) -> Rows:
         yield {"anchor": row["translation"]["English"], "positive": row["translation"]["German"]}
 
 
+_AGGREGATE = re.compile(r"(COUNT|MIN|MAX|SUM|AVG) (.+)")
+_CONDITION = re.compile(r"(.+?) ([=<>]) ('.*'|[^' ]+)")
+
+
 def wikisql(folder: Path, split: str) -> Rows:
-    """Questions to a table, and the query that answers each."""
+    """Questions to a table, and the query that answers each, its names quoted so that SQLite can read it."""
     name = {"train": "train", "dev": "valid", "test": "test"}[split]
     for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         asked, query = json.loads(line)["text"].split("\nA: ")
-        yield {"prompt": asked, "completion": query}
+        yield {"prompt": asked, "completion": quoted(query, asked.splitlines()[0].removeprefix("table: "))}
+
+
+def quoted(query: str, table: str) -> str:
+    """A query with its names in quotes and its aggregate in parentheses; as published it is no SQL.
+
+    >>> quoted("SELECT COUNT No. FROM 1-2-3 WHERE Pole Position = 'O'Neil'", "1-2-3")
+    'SELECT COUNT("No.") FROM "1-2-3" WHERE "Pole Position" = \'O\'\'Neil\''
+    """
+
+    def name(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"'
+
+    select, _, where = query.removeprefix("SELECT ").partition(f" FROM {table}")
+    aggregate = _AGGREGATE.fullmatch(select)
+    made = f"SELECT {f'{aggregate[1]}({name(aggregate[2])})' if aggregate else name(select)} FROM {name(table)}"
+    conditions = []
+    for text in where.removeprefix(" WHERE ").split(" AND ") if where else []:
+        column, sign, value = _CONDITION.fullmatch(text).groups()
+        if value.startswith("'"):
+            value = "'" + value[1:-1].replace("'", "''") + "'"
+        conditions.append(f"{name(column)} {sign} {value}")
+    return f"{made} WHERE {' AND '.join(conditions)}" if conditions else made
 
 
 def gsm8k(folder: Path, split: str) -> Rows:

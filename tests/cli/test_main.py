@@ -39,6 +39,7 @@ RUN_FIELDS = (
         "stride",
         "languages",
         "judge_by",
+        "database",
         "pooling",
         "code",
         "method",
@@ -110,7 +111,7 @@ SURFACE = {
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
         *("--task", "--max-length", "--train-on", "--columns", "--batch-size", "--on-bad-row", "--workers", "--cache"),
-        *("--answers", "--max-new-tokens", "--plot", "--code"),
+        *("--answers", "--max-new-tokens", "--plot", "--code", "--database"),
     },
     "predict": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize", "--output", "--force", "--code"),

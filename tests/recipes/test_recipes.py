@@ -64,7 +64,11 @@ def originals(folder: Path) -> None:
     for split in ("train", "test"):
         put(f"trec_qc/{split}.txt", [f"{kinds[at % 3]} was it very good ?" for at in range(12)], "latin-1")
     for split in ("train", "valid", "test"):
-        rows = [json.dumps({"text": f"columns: one\nQ: red {at}?\nA: SELECT one"}) for at in range(10)]
+        asked, query = (
+            "table: 1-2\ncolumns: red stone, it",
+            "SELECT MAX red stone FROM 1-2 WHERE it = 'o'it' AND it > 1",
+        )
+        rows = [json.dumps({"text": f"{asked}\nQ: red {at}?\nA: {query}"}) for at in range(10)]
         put(f"wikisql_mlx/{split}.jsonl", rows)
     put("gsm8k/train.jsonl.gz", [json.dumps({"question": f"one and {at}", "answer": f"#### {at}"}) for at in range(20)])
     instances = [{"input": "", "output": "red"}]
@@ -133,7 +137,10 @@ def test_originals_become_rows(work: Path) -> None:
     assert first("trec", "test")["label"] == "DESC"
     assert first("trec-fine", "test")["label"] == "DESC:manner"
     assert first("codah", "dev")["choices"] == ["good", "bad", "fine", "poor"]
-    assert first("wikisql", "dev") == {"prompt": "columns: one\nQ: red 0?", "completion": "SELECT one"}
+    assert first("wikisql", "dev") == {
+        "prompt": "table: 1-2\ncolumns: red stone, it\nQ: red 0?",
+        "completion": """SELECT MAX("red stone") FROM "1-2" WHERE "it" = 'o''it' AND "it" > 1""",
+    }
     assert first("xquad", "train")["answers"] == {"text": ["film"], "answer_start": [4]}
     assert first("multi30k", "dev")["translation"]["German"] == "red stone 0"
     assert ORIGINALS.convert(work / "nothing", work / "elsewhere") == list(ORIGINALS.SETS)
@@ -210,6 +217,11 @@ def here(arguments: list[str]) -> str:
     with contextlib.redirect_stdout(said):
         assert main(arguments) == 0
     return said.getvalue()
+
+
+def test_queries_become_sql() -> None:
+    assert ORIGINALS.quoted("SELECT Years in it FROM 1-2", "1-2") == 'SELECT "Years in it" FROM "1-2"'
+    assert ORIGINALS.quoted('SELECT 3" x FROM 1-2 WHERE No. = 4', "1-2") == 'SELECT "3"" x" FROM "1-2" WHERE "No." = 4'
 
 
 @pytest.mark.filterwarnings("ignore:The model's head told 0, 1")

@@ -24,7 +24,19 @@ _DEFAULT, _HELP = Sampling(), field_docs(Sampling)
 
 
 @run_options(
-    *("task", "code", "max_length", "train_on", "columns", "on_bad_row", "workers", "cache", "batch_size", "quantize"),
+    *(
+        "task",
+        "code",
+        "max_length",
+        "train_on",
+        "columns",
+        "on_bad_row",
+        "workers",
+        "cache",
+        "batch_size",
+        "quantize",
+        "database",
+    ),
 )
 def evaluate(
     data: Annotated[list[str], typer.Option(metavar="FILE", help="A data file or a folder of them; may be repeated.")],
@@ -50,17 +62,21 @@ def evaluate(
 
     Example: veneer eval --model ./model --adapter ./run --data test.jsonl
     """
-    from veneer.evaluate.scoring import score, score_answers
+    from veneer.evaluate.scoring import answering, score, score_answers
     from veneer.evaluate.subject import Subject
     from veneer.tasks.writing import AbstractWriter
 
     # Every field has RunConfig's default and check; an output is the one that evaluation does not need.
     settings = RunConfig(**run_values, output="-")
+    if settings.database is not None and not answers:
+        raise UsageError("--database is what answers are executed on; say with --answers how many there are to be.")
     files, note = _files(data)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     subject = Subject.load(
         model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize, code=settings.code
     )
+    if answers:
+        subject = answering(subject, settings.database)
     asked = subject.asked(files, settings.columns)
     found = score(subject, asked, settings)
     if answers:

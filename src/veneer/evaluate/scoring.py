@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -67,18 +67,37 @@ def score_encoded(
     return measure(task, model, encoded.examples, processor, batch_size=batch_size, device=device)
 
 
+def answering(subject: Subject, database: str | None) -> Subject:
+    """A subject whose answers can be judged: on this database, else on the one that it was trained with.
+
+    Raises:
+        UsageError: its task writes no answers, or the database is not there.
+        ConfigError: a database, and nothing that judges by it.
+    """
+    task = subject.task
+    if not isinstance(task, AbstractWriter):
+        raise UsageError("Answers are asked for, and models of this task write none; leave --answers out.")
+    judges = task.judges.on(database) if database is not None else task.judges
+    judges.ready()
+    return replace(subject, task=task.judged_by(judges))
+
+
 def score_answers(
     subject: Subject, rows: Iterable[Row], sampling: Sampling, settings: RunConfig
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of answers that are written token by token, and the answers beside those that are right.
 
+    Args:
+        subject: as ``answering`` gave it.
+        rows: the questions with what is right.
+        sampling: how tokens are chosen.
+        settings: ``max_length`` and ``batch_size``.
+
     Raises:
-        UsageError: the task writes none.
         DataError: a row that is not of it, or that has no answer to compare with.
     """
     task = subject.task
-    if not isinstance(task, AbstractWriter):
-        raise UsageError("Answers are asked for, and models of this task write none; leave --answers out.")
+    assert isinstance(task, AbstractWriter)
     known = list(rows)
     processor, _ = task.prepare(known, subject.processor)
     asked = task.ask(known, processor, max_length=subject.most(settings.max_length))

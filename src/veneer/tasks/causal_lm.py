@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -18,7 +18,8 @@ from veneer.data.prompts import pad_left, prompt
 from veneer.data.rows import Row
 from veneer.data.templates import with_template
 from veneer.engine.head import language_loss
-from veneer.tasks import decoding, judges
+from veneer.tasks import decoding
+from veneer.tasks.judges import Judges
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.task import BatchLoss, Goals, Piece, Prediction, Tally
 from veneer.tasks.writing import AbstractWriter
@@ -26,13 +27,15 @@ from veneer.tasks.writing import AbstractWriter
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_CUSTOMARY = Judges(("exact_match",))
+
 
 @final
 @dataclass(frozen=True)
 class Task(AbstractWriter):
     """Each trained token is predicted from those before it; a unit is a trained token."""
 
-    judged_by: tuple[str, ...] = ("exact_match",)
+    judges: Judges = _CUSTOMARY
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
@@ -44,24 +47,23 @@ class Task(AbstractWriter):
         return decoding.GOALS
 
     def fitted(self, rows: Iterable[Row], options: TaskOptions, config: PretrainedConfig | None) -> Task:
-        options.refuse("causal_lm", "judge_by")
-        return Task(judges.named(options.judge_by, self.judged_by))
+        options.refuse("causal_lm", "judge_by", "database")
+        return Task(self.judges.asked(options))
+
+    def judged_by(self, judges: Judges) -> Task:
+        return replace(self, judges=judges)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"judge_by": list(self.judged_by)}
+        return self.judges.to_dict()
 
     def restored(self, values: Mapping[str, Any]) -> Task:
-        return Task(judges.named(",".join(values["judge_by"]), ()))
+        return Task(Judges.restored(values))
 
     def described(self, config: PretrainedConfig) -> Task:
         return self
 
     def model_options(self) -> dict[str, Any]:
         return {}
-
-    @property
-    def answer_goals(self) -> Goals:
-        return judges.goals(self.judged_by)
 
     def check(self, row: Row, *, labelled: bool = True) -> None:
         if labelled:
@@ -117,9 +119,6 @@ class Task(AbstractWriter):
 
     def generation(self, processor: Any) -> dict[str, Any]:
         return {}
-
-    def judge(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return judges.judged(self.judged_by, answers, references)
 
     def metrics(self, tally: Tally, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, float]:
         return decoding.metrics(tally)

@@ -29,6 +29,8 @@ class TaskOptions:
     """From which language to which, as in en-de, by the data's or tokenizer's names; for speech de, or de-en."""
     judge_by: str | None = None
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
+    database: str | None = None
+    """The file of SQLite that answers are executed on, when they are judged by sql_execution."""
     pooling: Pooling = "auto"
     """How a text's vector is made of its tokens': mean, cls (the first) or last; auto as the model's folder says."""
     code: str | None = None

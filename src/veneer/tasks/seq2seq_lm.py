@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor, nn
@@ -13,13 +13,16 @@ from veneer.data.encode import IGNORED, Encoded, EncodedSet, Truncation
 from veneer.data.pairs import COLUMNS, encode_pairs, pair
 from veneer.data.rows import Row
 from veneer.data.texts import pad
-from veneer.tasks import decoding, judges
+from veneer.tasks import decoding
+from veneer.tasks.judges import Judges
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.task import BatchLoss, Goals, Piece, Prediction, Tally
 from veneer.tasks.writing import AbstractWriter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+_CUSTOMARY = Judges(("rouge1", "rouge2", "rougeL"))
 
 
 @final
@@ -28,7 +31,7 @@ class Task(AbstractWriter):
     """The decoder writes the target after the encoder has read the source; a unit is a token of a target."""
 
     prefix: str = ""
-    judged_by: tuple[str, ...] = ("rouge1", "rouge2", "rougeL")
+    judges: Judges = _CUSTOMARY
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     task_type: ClassVar[TaskType] = TaskType.SEQ_2_SEQ_LM
@@ -39,19 +42,18 @@ class Task(AbstractWriter):
     def goals(self) -> Goals:
         return decoding.GOALS
 
-    @property
-    def answer_goals(self) -> Goals:
-        return judges.goals(self.judged_by)
-
     def fitted(self, rows: Iterable[Row], options: TaskOptions, config: PretrainedConfig | None) -> Task:
-        options.refuse("seq2seq_lm", "prefix", "judge_by")
-        return Task(options.prefix or "", judges.named(options.judge_by, self.judged_by))
+        options.refuse("seq2seq_lm", "prefix", "judge_by", "database")
+        return Task(options.prefix or "", self.judges.asked(options))
+
+    def judged_by(self, judges: Judges) -> Task:
+        return replace(self, judges=judges)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"prefix": self.prefix, "judge_by": list(self.judged_by)}
+        return {"prefix": self.prefix, **self.judges.to_dict()}
 
     def restored(self, values: Mapping[str, Any]) -> Task:
-        return Task(str(values["prefix"]), judges.named(",".join(values["judge_by"]), ()))
+        return Task(str(values["prefix"]), Judges.restored(values))
 
     def described(self, config: PretrainedConfig) -> Task:
         return self
@@ -104,6 +106,3 @@ class Task(AbstractWriter):
 
     def generation(self, processor: Any) -> dict[str, Any]:
         return {}
-
-    def judge(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return judges.judged(self.judged_by, answers, references)

@@ -15,7 +15,8 @@ from veneer.data.encode import IGNORED, Encoded, EncodedSet, Truncation
 from veneer.data.pairs import cut_target
 from veneer.data.rows import Row
 from veneer.data.texts import report, text_of
-from veneer.tasks import decoding, judges
+from veneer.tasks import decoding
+from veneer.tasks.judges import Judges
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.task import BatchLoss, Goals, Piece, Prediction, Tally
 from veneer.tasks.writing import AbstractWriter
@@ -23,6 +24,7 @@ from veneer.tasks.writing import AbstractWriter
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_CUSTOMARY = Judges(("wer", "cer"))
 _TEXTS = ("text", "transcription")
 _ENGLISH_VOCABULARY = 51864
 """Tokens of a Whisper that knows no other language."""
@@ -44,7 +46,7 @@ class Task(AbstractWriter):
     """The token that the model puts before every text by itself."""
     most: int | None = None
     """The most tokens that the decoder writes."""
-    judged_by: tuple[str, ...] = ("wer", "cer")
+    judges: Judges = _CUSTOMARY
 
     auto_class: ClassVar[str] = "AutoModelForSpeechSeq2Seq"
     task_type: ClassVar[TaskType] = TaskType.SPEECH_SEQ_2_SEQ
@@ -56,26 +58,24 @@ class Task(AbstractWriter):
     def goals(self) -> Goals:
         return decoding.GOALS
 
-    @property
-    def answer_goals(self) -> Goals:
-        return judges.goals(self.judged_by)
-
     def fitted(self, rows: Iterable[Row], options: TaskOptions, config: PretrainedConfig | None) -> Task:
-        options.refuse("speech_seq2seq", "languages", "judge_by")
+        options.refuse("speech_seq2seq", "languages", "judge_by", "database")
         audio.check_installed()
         language, translates = _languages(options.languages, config)
         start, most = _decoder(config)
-        return Task(language, translates, start, most, judges.named(options.judge_by, self.judged_by))
+        return Task(language, translates, start, most, self.judges.asked(options))
+
+    def judged_by(self, judges: Judges) -> Task:
+        return replace(self, judges=judges)
 
     def to_dict(self) -> dict[str, Any]:
         spoken = {"language": self.language, "translates": self.translates}
-        return {**spoken, "start": self.start, "most": self.most, "judge_by": list(self.judged_by)}
+        return {**spoken, "start": self.start, "most": self.most, **self.judges.to_dict()}
 
     def restored(self, values: Mapping[str, Any]) -> Task:
         numbers = [None if values[name] is None else int(values[name]) for name in ("start", "most")]
         language = None if values["language"] is None else str(values["language"])
-        judged_by = judges.named(",".join(values["judge_by"]), ())
-        return Task(language, bool(values["translates"]), *numbers, judged_by)
+        return Task(language, bool(values["translates"]), *numbers, Judges.restored(values))
 
     def described(self, config: PretrainedConfig) -> Task:
         start, most = _decoder(config)
@@ -160,9 +160,6 @@ class Task(AbstractWriter):
 
     def generation(self, processor: Any) -> dict[str, Any]:
         return {} if self.language is None else {"language": self.language, "task": self._whispers_task}
-
-    def judge(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return judges.judged(self.judged_by, answers, references)
 
     @property
     def _whispers_task(self) -> str:

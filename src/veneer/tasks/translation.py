@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from veneer.data.encode import Encoded, EncodedSet, Truncation
 from veneer.data.pairs import pair
 from veneer.data.rows import Row
 from veneer.data.texts import text_of
-from veneer.tasks import causal_lm, judges, seq2seq_lm
+from veneer.tasks import causal_lm, seq2seq_lm
+from veneer.tasks.judges import Judges
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.task import BatchLoss, Goals, Piece, Prediction, Tally
 from veneer.tasks.writing import AbstractWriter
@@ -23,7 +24,7 @@ from veneer.tasks.writing import AbstractWriter
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_CUSTOMARY = ("bleu", "chrf")
+_CUSTOMARY = Judges(("bleu", "chrf"))
 _TRANSLATION = "translation"
 
 
@@ -56,11 +57,14 @@ class Task(AbstractWriter):
         return self.inner.goals
 
     @property
-    def answer_goals(self) -> Goals:
-        return self.inner.answer_goals
+    def judges(self) -> Judges:
+        return self.inner.judges
+
+    def judged_by(self, judges: Judges) -> Task:
+        return replace(self, inner=replace(self.inner, judges=judges))
 
     def fitted(self, rows: Iterable[Row], options: TaskOptions, config: PretrainedConfig | None) -> Task:
-        options.refuse("translation", "prefix", "languages", "judge_by")
+        options.refuse("translation", "prefix", "languages", "judge_by", "database")
         languages = _languages(options.languages) if options.languages is not None else None
         prefix = options.prefix
         encoder_decoder = config is None or bool(config.is_encoder_decoder)
@@ -71,22 +75,20 @@ class Task(AbstractWriter):
                     "the words that stand before every source."
                 )
             prefix = f"Translate from {languages[0]} to {languages[1]}:\n\n"
-        judged_by = judges.named(options.judge_by, _CUSTOMARY)
-        return Task(_inner(encoder_decoder, judged_by), prefix or "", languages)
+        return Task(_inner(encoder_decoder, _CUSTOMARY.asked(options)), prefix or "", languages)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "encoder_decoder": isinstance(self.inner, seq2seq_lm.Task),
             "prefix": self.prefix,
             "languages": list(self.languages) if self.languages else None,
-            "judge_by": list(self.inner.judged_by),
+            **self.judges.to_dict(),
         }
 
     def restored(self, values: Mapping[str, Any]) -> Task:
-        judged_by = judges.named(",".join(values["judge_by"]), ())
         languages = values["languages"]
         return Task(
-            _inner(bool(values["encoder_decoder"]), judged_by),
+            _inner(bool(values["encoder_decoder"]), Judges.restored(values)),
             str(values["prefix"]),
             (str(languages[0]), str(languages[1])) if languages else None,
         )
@@ -145,9 +147,6 @@ class Task(AbstractWriter):
             return {"forced_bos_token_id": processor.convert_tokens_to_ids(self.languages[1])}
         return {}
 
-    def judge(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return self.inner.judge(answers, references)
-
     def _good(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             with contextlib.suppress(DataError):
@@ -176,8 +175,8 @@ class Task(AbstractWriter):
         return text_of(texts, source), text_of(texts, target) if given.get(target) is not None else None
 
 
-def _inner(encoder_decoder: bool, judged_by: tuple[str, ...]) -> seq2seq_lm.Task | causal_lm.Task:
-    return seq2seq_lm.Task(judged_by=judged_by) if encoder_decoder else causal_lm.Task(judged_by)
+def _inner(encoder_decoder: bool, judges: Judges) -> seq2seq_lm.Task | causal_lm.Task:
+    return seq2seq_lm.Task(judges=judges) if encoder_decoder else causal_lm.Task(judges)
 
 
 def _languages(text: str) -> tuple[str, str]:

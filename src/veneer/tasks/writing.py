@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veneer.data.encode import Encoded
 from veneer.data.sources import Row
+from veneer.tasks.judges import Judges, judged
 from veneer.tasks.loading import log_errors_only
 from veneer.tasks.sampling import Sampling
 from veneer.tasks.task import AbstractTask, Goals, Prediction
@@ -25,8 +26,12 @@ class AbstractWriter(AbstractTask):
 
     @property
     @abstractmethod
-    def answer_goals(self) -> Goals:
-        """The metrics of answers."""
+    def judges(self) -> Judges:
+        """What answers are judged by."""
+
+    @abstractmethod
+    def judged_by(self, judges: Judges) -> AbstractWriter:
+        """The same task with other judges."""
 
     @abstractmethod
     def ask(self, rows: Sequence[Row], processor: Any, *, max_length: int) -> list[Encoded]:
@@ -47,9 +52,14 @@ class AbstractWriter(AbstractTask):
     def generation(self, processor: Any) -> dict[str, Any]:
         """Options of ``generate`` that the task needs."""
 
-    @abstractmethod
+    @property
+    def answer_goals(self) -> Goals:
+        """The metrics of answers."""
+        return self.judges.goals
+
     def judge(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """The metrics of ``answer_goals``, of at least one answer."""
+        return judged(self.judges.names, answers, references, self.judges.database)
 
     def read(self, outputs: Any, examples: Sequence[Encoded], processor: Any) -> list[Prediction]:
         return []

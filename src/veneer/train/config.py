@@ -107,6 +107,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """From which language to which, as in en-de: the names that the data or the tokenizer has for them."""
     judge_by: str | None = _TASK.judge_by
     """What answers are judged by, as in bleu,chrf; without it, what is customary for the task."""
+    database: str | None = _TASK.database
+    """The file of SQLite that answers are executed on, read-only, when they are judged by sql_execution."""
     pooling: Pooling = _TASK.pooling
     """How a text's vector is made of its tokens': mean, cls (the first) or last; auto as the model's folder says."""
     code: str | None = _TASK.code
