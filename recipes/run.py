@@ -36,8 +36,14 @@ _QUESTION = re.compile(r"^# ask: (.+)$", re.MULTILINE)
 _METHOD = re.compile(r"^# (full|head): (.+)$", re.MULTILINE)
 LOWER = {"loss", "perplexity", "wer", "cer", "mean_absolute_error"}
 """Metrics that are better when small."""
+BESIDE = ("f1_macro", "mcc", "exact_match", "recall_at_1", "rougeL")
+"""Metrics that a study shows beside the recipe's own."""
 COLUMNS = ("recipe", "method", "metric", "value", "minutes", "trainable", "gigabytes", "command")
 """Of results.csv."""
+
+
+class FailedError(Exception):
+    """A command that did not end well."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +137,12 @@ def veneer(arguments: Sequence[str]) -> str:
     It has a process of its own, since the most memory that a run held is the most that its process ever held.
 
     Raises:
-        SystemExit: the command failed.
+        FailedError: it ended with another exit code than 0.
     """
     stdout = subprocess.PIPE if "--json" in arguments else None
     done = subprocess.run([sys.executable, "-m", "veneer", *arguments], stdout=stdout, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"veneer {arguments[0]} failed with exit code {done.returncode}.")
+        raise FailedError(f"veneer {arguments[0]} failed with exit code {done.returncode}.")
     return done.stdout or ""
 
 
@@ -213,13 +219,15 @@ def show(results: Sequence[Result]) -> None:
 def study(results: Sequence[Result]) -> None:
     """One recipe by several methods."""
     recipe = results[0].recipe
-    numbers = (recipe.metric, "held-out loss", "trainable", "minutes", "GB")
+    more = [name for name in BESIDE if name != recipe.metric and all(name in one.metrics for one in results)]
+    numbers = (recipe.metric, *more, "held-out loss", "trainable", "minutes", "GB")
     made = table("method", *numbers, title=f"{recipe.name}: the same seed, data and steps", numbers=numbers)
     for result in results:
         loss = result.metrics.get("loss")
         made.add_row(
             result.trained["method"],
             f"{result.value:.4g}",
+            *(f"{result.metrics[name]:.4g}" for name in more),
             "" if loss is None else f"{loss:.4f}",
             f"{result.trained['trainable']:,}",
             f"{result.seconds / 60:.1f}",
@@ -302,19 +310,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     os.chdir(options.work)
     results: list[Result] = []
+    failed: list[str] = []
     for recipe, methods in wanted:
         own = []
-        for method in methods:
-            own.append(run(recipe, options.steps, method))
-            if not options.steps:
-                record(own[-1], Path("results.csv"))
+        try:
+            for method in methods:
+                own.append(run(recipe, options.steps, method))
+                if not options.steps:
+                    record(own[-1], Path("results.csv"))
+        except FailedError as error:
+            # The others take hours that would be lost.
+            failed.append(f"{recipe.name}: {error}")
         if len(own) > 1:
             study(own)
         results += own
     show(results)
     missed = [one.name for one in results if one.method is None and not one.recipe.reached(one.value)]
     if missed and not options.steps:
-        raise SystemExit(f"Below what was expected: {', '.join(missed)}.")
+        failed.append(f"Below what was expected: {', '.join(missed)}.")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

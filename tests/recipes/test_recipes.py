@@ -241,7 +241,7 @@ def test_a_recipe_runs(recipe: Any, method: str | None, work: Path, monkeypatch:
 
 def test_a_command_has_a_process_of_its_own() -> None:
     assert json.loads(RUN.veneer(["env", "--json"]))
-    with pytest.raises(SystemExit, match="veneer inspect failed with exit code 2"):
+    with pytest.raises(RUN.FailedError, match="veneer inspect failed with exit code 2"):
         RUN.veneer(["inspect", "./nothing"])
 
 
@@ -289,3 +289,18 @@ def test_a_comparison_is_printed_and_recorded(
     with pytest.raises(SystemExit, match="Below what was expected: trec\\."):
         RUN.main(["trec", "--compare"])
     RUN.main(["trec:full"])
+
+
+def test_a_recipe_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(recipe: Any, _: int | None, method: str | None) -> Any:
+        if recipe.name == "trec":
+            raise RUN.FailedError("veneer train failed with exit code 1.")
+        return result(recipe.name, 0.95, method)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(RUN, "run", run)
+    with pytest.raises(SystemExit, match="trec: veneer train failed"):
+        RUN.main(["trec", "sst2"])
+    assert "sst2" in capsys.readouterr().out
