@@ -43,7 +43,10 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(family: st
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+            truth = expected[name].grad
+            # Sums in another order: float32 rounds each by a share of its largest term.
+            close = max(1e-5, 1e-6 * float(truth.abs().max()))
+            torch.testing.assert_close(parameter.grad, truth, rtol=1e-4, atol=close, msg=name)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NOT_PACKED))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.kernels.attention import attention, packed_attention
+from veneer.kernels.attention import BLOCK, attention, packed_attention
 
 STARTS = (0, 4, 8, 9, 15)
 
@@ -50,6 +50,45 @@ def test_outputs_and_gradients_are_those_of_a_mask_of_all_pairs(
         torch.autograd.grad(found, (q, k, v), weights), torch.autograd.grad(expected, (q, k, v), weights), strict=True
     ):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("window", [None, 5, 140, 200])
+def test_sequences_of_several_blocks(window: int | None) -> None:
+    starts = (0, BLOCK - 1, 3 * BLOCK + 9, 3 * BLOCK + 10)
+    q, k, v = (torch.randn(1, n, starts[-1], 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    found = packed_attention(q, k, v, starts, scaling=0.3, window=window)
+    alone = [
+        attention(*(part[:, :, first:last] for part in (q, k, v)), scaling=0.3, window=window)
+        for first, last in pairwise(starts)
+    ]
+    expected = torch.cat(alone, dim=2)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    for got, wanted in zip(
+        torch.autograd.grad(found, (q, k, v), weights), torch.autograd.grad(expected, (q, k, v), weights), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_bfloat16_is_rounded_where_it_comes_in_and_goes_out() -> None:
+    narrow = [part.detach().bfloat16().requires_grad_() for part in tensors()]
+    wide = [part.detach().float().requires_grad_() for part in narrow]
+    found, expected = (packed_attention(*parts, STARTS, scaling=0.3) for parts in (narrow, wide))
+    assert torch.equal(found, expected.bfloat16())
+    weights = torch.randn_like(found)
+    for got, wanted in zip(
+        torch.autograd.grad(found, narrow, weights),
+        torch.autograd.grad(expected, wide, weights.float()),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted.bfloat16())
+
+
+def test_outputs_lie_in_the_order_of_tokens() -> None:
+    q, k, v = tensors()
+    found = packed_attention(q, k, v, STARTS, scaling=0.3)
+    # The layer behind it reads (B, T, H, D), without a copy.
+    assert found.transpose(1, 2).is_contiguous()
 
 
 def test_dropout_drops_attention_weights_alone() -> None:
