@@ -75,6 +75,8 @@ def test_bfloat16_is_rounded_where_it_comes_in_and_goes_out() -> None:
     wide = [part.detach().float().requires_grad_() for part in narrow]
     found, expected = (packed_attention(*parts, STARTS, scaling=0.3) for parts in (narrow, wide))
     assert torch.equal(found, expected.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed_attention(*narrow, STARTS, scaling=0.3), found)
     weights = torch.randn_like(found)
     for got, wanted in zip(
         torch.autograd.grad(found, narrow, weights),

@@ -91,10 +91,12 @@ class _Blocks(torch.autograd.Function):
         ctx.save_for_backward(q_HTD, k_GTD, v_GTD)
         ctx.starts, ctx.scaling, ctx.window = starts, scaling, window
         out_HTD = _in_order_of_tokens(q_HTD)
-        for queries, keys in _blocks(starts, window):
-            _, _, w_GSK = _weights(q_HTD[:, queries], k_GTD[:, keys], scaling, window)
-            out_GSD = torch.bmm(w_GSK, v_GTD[:, keys].to(w_GSK.dtype))
-            out_HTD[:, queries].copy_(out_GSD.view(q_HTD[:, queries].shape))
+        # Autocast would round here, and not in the backward pass, which computes the same again.
+        with torch.autocast(q_HTD.device.type, enabled=False):
+            for queries, keys in _blocks(starts, window):
+                _, _, w_GSK = _weights(q_HTD[:, queries], k_GTD[:, keys], scaling, window)
+                out_GSD = torch.bmm(w_GSK, v_GTD[:, keys].to(w_GSK.dtype))
+                out_HTD[:, queries].copy_(out_GSD.view(q_HTD[:, queries].shape))
         return out_HTD
 
     @staticmethod
