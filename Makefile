@@ -46,6 +46,8 @@ recipes: $(READY)  ## Run the recipes whole: make recipes FROM=folder [RECIPES="
 	@test -n "$(FROM)" || { echo 'Say where the data is: make recipes FROM=folder (recipes/README.md)' >&2; exit 2; }
 	mkdir -p runs/recipes
 	$(BIN)/python recipes/originals.py $(FROM) --into runs/recipes/data
+	@# Without espeak-ng the other recipes run all the same.
+	-$(BIN)/python recipes/speech.py $(FROM) --into runs/recipes/data
 	$(BIN)/python recipes/models.py --into runs/recipes/models
 	$(BIN)/python recipes/run.py $(RECIPES) $(if $(COMPARE),--compare) --work runs/recipes
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from veneer.tasks.minilm import minilm
 from veneer.tasks.smollm import smollm
+from veneer.tasks.whisper import whisper
 
 if TYPE_CHECKING:
     from transformers import DistilBertConfig
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=Path("models"))
     into: Path = parser.parse_args().into
     into.mkdir(parents=True, exist_ok=True)
-    for name, fetch in {"smollm2": smollm, "minilm": minilm}.items():
+    for name, fetch in {"smollm2": smollm, "minilm": minilm, "whisper": whisper}.items():
         place = into / name
         if not place.exists():
             place.symlink_to(Path(fetch(print)).resolve())

@@ -31,7 +31,7 @@ from veneer.train.families import adapter_fields
 
 HERE = Path(__file__).resolve().parent
 _EXPECT = re.compile(r"^# expect: (\w+) ([\d.]+) within (\d+) minutes", re.MULTILINE)
-_SETTING = re.compile(r"^# (eval|answers): (\S+)", re.MULTILINE)
+_SETTING = re.compile(r"^# (eval|answers|rest): (\S+)", re.MULTILINE)
 _QUESTION = re.compile(r"^# ask: (.+)$", re.MULTILINE)
 _METHOD = re.compile(r"^# (full|head): (.+)$", re.MULTILINE)
 LOWER = {"loss", "perplexity", "wer", "cer", "mean_absolute_error"}
@@ -125,6 +125,14 @@ class Result:
         """Of the recipe's metric."""
         return self.metrics[self.recipe.metric]
 
+    @property
+    def keeps_the_rest(self) -> bool:
+        """Whether its metric, a share of 1, is at most 1 point worse than before on the rest, where there is one."""
+        if "rest" not in self.recipe.settings:
+            return True
+        name = f"{self.recipe.metric}_rest"
+        return self.recipe.ahead(self.metrics[name], self.metrics[f"{name}_before"]) >= -0.01
+
 
 def recipes() -> dict[str, Recipe]:
     """Every recipe by its name."""
@@ -168,8 +176,16 @@ def run(recipe: Recipe, steps: int | None = None, method: str | None = None) -> 
     kept = trained["best"] or trained["last"]
     given = ["--model", config["model"], "--adapter", kept] if trained["method"] == "lora" else ["--model", kept]
     answers = ["--answers", "2" if steps else recipe.settings["answers"]] if "answers" in recipe.settings else []
-    found = json.loads(veneer(["eval", *given, "--data", recipe.settings["eval"], *answers, "--json"]))
-    metrics = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    metrics = measured(given, recipe.settings["eval"], answers)
+    if "rest" in recipe.settings:
+        # What it was good at before is to stay: its figures on both, before and after.
+        untrained = ["--model", config["model"], "--task", config["task"]]
+        metric = recipe.metric
+        metrics |= {
+            f"{metric}_before": measured(untrained, recipe.settings["eval"], answers)[metric],
+            f"{metric}_rest": measured(given, recipe.settings["rest"], answers)[metric],
+            f"{metric}_rest_before": measured(untrained, recipe.settings["rest"], answers)[metric],
+        }
     said = {}
     if recipe.question is not None:
         most = 8 if steps else 128
@@ -178,6 +194,12 @@ def run(recipe: Recipe, steps: int | None = None, method: str | None = None) -> 
             trained["method"]: ask(given, recipe.question, most),
         }
     return Result(recipe, method, seconds, metrics, trained, said)
+
+
+def measured(given: Sequence[str], data: str, answers: Sequence[str]) -> dict[str, float]:
+    """A model's figures on some data."""
+    found = json.loads(veneer(["eval", *given, "--data", data, *answers, "--json"]))
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
 def ask(given: Sequence[str], question: str, most: int) -> str:
@@ -212,8 +234,25 @@ def show(results: Sequence[Result]) -> None:
     console = screen()
     console.print(made)
     for result in results:
+        if "rest" in result.recipe.settings:
+            console.print(kept(result), highlight=False)
         if result.answers:
             console.print(side_by_side(result.answers, prompt=result.recipe.question))
+
+
+def kept(result: Result) -> str:
+    """What became of what a model was trained on, and of the rest, in a sentence.
+
+    >>> kept(result)
+    'whisper: wer 0.432 -> 0.121 on data/accent/test; 0.0752 -> 0.0781 on data/prompts/test (within 1 point).'
+    """
+    recipe, metrics = result.recipe, result.metrics
+    eval_, rest = (
+        f"{metrics[f'{name}_before']:.3g} -> {metrics[name]:.3g} on {recipe.settings[kind]}"
+        for kind, name in (("eval", recipe.metric), ("rest", f"{recipe.metric}_rest"))
+    )
+    within = "within" if result.keeps_the_rest else "worse by more than"
+    return f"{result.name}: {recipe.metric} {eval_}; {rest} ({within} 1 point)."
 
 
 def study(results: Sequence[Result]) -> None:
@@ -325,7 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             study(own)
         results += own
     show(results)
-    missed = [one.name for one in results if one.method is None and not one.recipe.reached(one.value)]
+    as_they_stand = [one for one in results if one.method is None]
+    missed = [one.name for one in as_they_stand if not (one.recipe.reached(one.value) and one.keeps_the_rest)]
     if missed and not options.steps:
         failed.append(f"Below what was expected: {', '.join(missed)}.")
     if failed:

@@ -68,10 +68,10 @@ def processor() -> Any:
     )
 
 
-def model(vocabulary: int = ENGLISH) -> Any:
+def model(vocabulary: int = ENGLISH, **settings: Any) -> Any:
     """A random one."""
     torch.manual_seed(0)
-    made = transformers.WhisperForConditionalGeneration(config(vocabulary))
+    made = transformers.WhisperForConditionalGeneration(config(vocabulary, **settings))
     generation: dict[str, Any] = {"no_timestamps_token_id": NO_TIMES, "is_multilingual": vocabulary == MANY}
     if vocabulary == MANY:
         generation["lang_to_id"] = {"<|en|>": GERMAN - 2, "<|de|>": GERMAN}
@@ -82,9 +82,9 @@ def model(vocabulary: int = ENGLISH) -> Any:
     return made
 
 
-def saved(folder: Path, vocabulary: int = ENGLISH) -> Path:
+def saved(folder: Path, vocabulary: int = ENGLISH, **settings: Any) -> Path:
     """Model and processor in a folder."""
-    model(vocabulary).save_pretrained(folder)
+    model(vocabulary, **settings).save_pretrained(folder)
     processor().save_pretrained(folder)
     return folder
 

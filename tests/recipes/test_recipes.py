@@ -9,8 +9,10 @@ import gzip
 import importlib.util
 import io
 import json
+import shutil
 import struct
 import sys
+import wave
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +22,7 @@ import pytest
 import torch
 import transformers
 
-from tests import chat, words
+from tests import chat, speech, words
 from veneer import LoraConfig, get_peft_model
 from veneer.cli.main import main
 from veneer.core.errors import VeneerError
@@ -39,7 +41,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-RUN, ORIGINALS, MODELS = script("run"), script("originals"), script("models")
+RUN, ORIGINALS, MODELS, SPEECH = script("run"), script("originals"), script("models"), script("speech")
 
 
 def originals(folder: Path) -> None:
@@ -109,12 +111,50 @@ def catalogue(messages: dict[str, str]) -> bytes:
     return head + places + b"".join(text + b"\0" for text in texts)
 
 
+def beep(text: str, path: Path, *, seconds: float = 0.1) -> None:
+    """A clip as long as it is wanted, whatever the text."""
+    with wave.open(str(path), "wb") as clip:
+        clip.setnchannels(1)
+        clip.setsampwidth(2)
+        clip.setframerate(8_000)
+        clip.writeframes(struct.pack("<2h", len(text) * 100, -len(text) * 100) * int(seconds * 4_000))
+
+
+def asterisk(folder: Path) -> Path:
+    """Prompts with their table, as the packages have them."""
+    sounds, table = folder / SPEECH._SOUNDS, folder / SPEECH._TEXTS
+    (sounds / "digits").mkdir(parents=True)
+    table.parent.mkdir(parents=True)
+    said = {
+        "a": "Press red to go on.",
+        "b": "...press RED, to go on",
+        "digits/c": "The stone is  red",
+        "short": "Thank you.",
+    }
+    more = {
+        "beep": "[this is a simple tone]",
+        "silence": "(a second of silence)",
+        "star": "Press * to go on.",
+        "long": "This is longer than Whisper hears",
+        "gone": "It is no longer here",
+    }
+    lines = [f"{name}: {text}\n" for name, text in {**said, **more}.items()]
+    table.write_bytes(gzip.compress("".join(["; Sounds in English\n", "\n", *lines]).encode()))
+    for name, text in {**said, **more}.items():
+        if name != "gone":
+            beep(text, sounds / f"{name}.wav", seconds=30 if name == "long" else 0.1)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     originals(folder / "originals")
     assert ORIGINALS.convert(folder / "originals", folder / "data") == []
     ORIGINALS.digits(folder / "data")
+    SPEECH.accent(folder / "data", beep, {"train": 8, "dev": 4, "test": 4})
+    SPEECH.prompts(asterisk(folder / "originals" / "asterisk"), folder / "data", 1)
+    speech.saved(folder / "models" / "whisper", max_target_positions=160)
     MODELS.vision(folder / "models" / "vit")
     chat.saved(folder / "models" / "smollm2")
     words.saved(folder / "models" / "minilm")
@@ -217,6 +257,68 @@ def here(arguments: list[str]) -> str:
     with contextlib.redirect_stdout(said):
         assert main(arguments) == 0
     return said.getvalue()
+
+
+def clips(folder: Path) -> dict[str, str]:
+    """What is said in each, which has to be there."""
+    with (folder / "metadata.csv").open(newline="") as stream:
+        said = {row["file_name"]: row["text"] for row in csv.DictReader(stream)}
+    assert {path.name for path in folder.glob("*.wav")} == said.keys()
+    return said
+
+
+def test_captions_are_spoken_once(work: Path) -> None:
+    parts = [clips(work / "data" / "accent" / split) for split in ("train", "dev", "test")]
+    assert list(map(len, parts)) == [8, 4, 4]
+    texts = [text for part in parts for text in part.values()]
+    assert len(set(texts)) == 16
+    assert set(texts) <= {f"red stone {at}" for at in range(20)}
+    with pytest.raises(SystemExit, match=r"let originals\.py write"):
+        SPEECH.captions(work / "data" / "multi30k" / "nothing.jsonl", 1)
+    with pytest.raises(SystemExit, match="has 20 short captions; expected 21"):
+        SPEECH.captions(work / "data" / "multi30k" / "train.jsonl", 21)
+
+
+def test_prompts_are_whole_sentences_that_are_said_once(work: Path, tmp_path: Path) -> None:
+    parts = [clips(work / "data" / "prompts" / split) for split in ("train", "test")]
+    assert list(map(len, parts)) == [1, 1]
+    # Of two with the same words the later one.
+    assert parts[0] | parts[1] == {"b.wav": "...press RED, to go on", "c.wav": "The stone is  red"}
+    with pytest.raises(SystemExit, match=r"There are no asterisk-core-sounds in .*recipes/README.md"):
+        SPEECH.prompts(tmp_path, tmp_path / "data")
+
+
+def test_an_accent_needs_its_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="apt-get install espeak-ng"):
+        SPEECH.espeak("red", tmp_path / "red.wav")
+    program = tmp_path / "espeak-ng"
+    program.write_text("#!/bin/sh\necho it has no such voice >&2\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(SystemExit, match="cannot speak 'red': it has no such voice"):
+        SPEECH.espeak("red", tmp_path / "red.wav")
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_an_accent_is_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        SPEECH.espeak("A red stone.", tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert 0.5 < SPEECH.seconds(tmp_path / "a") < 3
+
+
+def test_the_rest_may_be_a_point_worse() -> None:
+    recipe = RUN.recipes()["whisper"]
+    metrics = {"wer": 0.125, "wer_before": 0.432, "wer_rest": 0.0752, "wer_rest_before": 0.0702}
+    found = RUN.Result(recipe, None, 1.0, metrics, {})
+    assert found.keeps_the_rest
+    assert RUN.kept(found) == (
+        "whisper: wer 0.432 -> 0.125 on data/accent/test; 0.0702 -> 0.0752 on data/prompts/test (within 1 point)."
+    )
+    found = RUN.Result(recipe, None, 1.0, {**metrics, "wer_rest": 0.0852}, {})
+    assert not found.keeps_the_rest
+    assert "(worse by more than 1 point)" in RUN.kept(found)
+    assert RUN.Result(RUN.recipes()["sst2"], None, 1.0, {"accuracy": 0.5}, {}).keeps_the_rest
 
 
 def test_queries_become_sql() -> None:
