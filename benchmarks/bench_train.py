@@ -45,8 +45,9 @@ MINILM = {
 QV, ALL = ["q_proj", "v_proj"], "all-linear"
 BOTH = ("veneer", "peft", "veneer-bf16", "peft-bf16")
 CASES: dict[str, dict[str, Any]] = {
-    "ragged-q,v": {"targets": QV, "peers": (*BOTH, "accelerated", "accelerated-trl", "trl", "full")},
-    "ragged-all": {"targets": ALL, "peers": (*BOTH, "trl")},
+    "ragged-q,v": {"targets": QV, "peers": (*BOTH, "full")},
+    "ragged-trainers": {"targets": QV, "peers": ("accelerated", "peft", "veneer", "accelerated-trl", "trl")},
+    "ragged-all": {"targets": ALL, "peers": BOTH},
     "fixed-half-q,v": {"targets": QV, "length": 256, "trained": 0.5, "peers": (*BOTH, "full")},
     "fixed-all-q,v": {"targets": QV, "length": 256, "trained": 1.0, "peers": BOTH},
     "classify": {"targets": ["query", "value"], "peers": ("accelerated", "peft", "full")},
@@ -431,10 +432,8 @@ def measure(
 
 def pairs(peers: tuple[str, ...]) -> list[tuple[str, str]]:
     """Who is put beside whom: the same arithmetic beside each other, and bfloat16 beside PEFT as it is by itself."""
-    first = peers[0]
-    found = [(first, peer) for peer in ("peft", "trl", "full")]
-    found += [("accelerated", "peft"), ("accelerated-trl", "trl")] if first == "veneer" else []
-    found += [("veneer-bf16", "peft"), ("veneer-bf16", "peft-bf16")]
+    found = [(own, peer) for own in ("veneer", "accelerated") for peer in ("peft", "full")]
+    found += [("veneer", "trl"), ("accelerated-trl", "trl"), ("veneer-bf16", "peft"), ("veneer-bf16", "peft-bf16")]
     return [pair for pair in found if set(pair) <= set(peers)]
 
 

@@ -103,7 +103,7 @@ def test_unknown_options_are_refused(script: str) -> None:
     assert "--sped" in done.stderr
 
 
-@pytest.mark.parametrize("case", ["ragged-q,v", "classify"])
+@pytest.mark.parametrize("case", ["ragged-q,v", "ragged-trainers", "classify"])
 def test_train_measures_all_peers_on_the_same_examples(case: str, tmp_path: Path) -> None:
     results, picture = tmp_path / "results.csv", tmp_path / "losses.png"
     given = ("--tiny", "--case", case, "--steps", "1", "--batch", "2", "--plot", str(picture))
@@ -113,9 +113,9 @@ def test_train_measures_all_peers_on_the_same_examples(case: str, tmp_path: Path
     assert limits >= {"fp32", "fp32 torch", "fp32 onednn"}
     found = [(row["case"].rpartition("beside ")[2], row["metric"]) for row in rows(results)[len(limits) :]]
     others = ["peft fp32", "full fp32"]
-    if case != "classify":
-        others = ["peft fp32", "trl fp32", "full fp32", "peft fp32", "trl fp32"]
-    if case != "classify" and "bf16" in limits:
+    if case == "ragged-trainers":
+        others = ["peft fp32", "peft fp32", "trl fp32", "trl fp32"]
+    if case == "ragged-q,v" and "bf16" in limits:
         others += ["peft fp32", "peft bf16"]
     assert found == [(o, metric) for o in others for metric in ("tokens/s", "peak memory", "of GEMM limit")]
     assert picture.read_bytes().startswith(b"\x89PNG")
