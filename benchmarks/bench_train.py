@@ -474,8 +474,9 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     }
     for number, (case, losses) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(1, len(curves), number)
-        for name, values in losses.items():
-            color, line, width = styles[name]
+        for name, (color, line, width) in styles.items():
+            if (values := losses.get(name)) is None:
+                continue
             axes.plot(range(1, len(values) + 1), values, line, color=color, linewidth=width, label=name)
         axes.set_title(case, loc="left", fontsize=10)
         axes.set_xlabel("step")
