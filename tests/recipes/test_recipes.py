@@ -356,7 +356,7 @@ def result(name: str, value: float, method: str | None = None) -> Any:
 def test_a_verdict_counts_in_points() -> None:
     of = [result("sst2", 0.884), result("sst2", 0.886, "full"), result("sst2", 0.695, "head")]
     assert RUN.verdict(of) == "lora: 0.2 points below full (within 1 point), 18.9 points above the head alone."
-    of = [result("xquad", 15.5), result("xquad", 18.0, "full"), result("xquad", 15.5, "head")]
+    of = [result("e2e", 15.5), result("e2e", 18.0, "full"), result("e2e", 15.5, "head")]
     assert RUN.verdict(of) == "lora: 2.5 points below full (more than 1 point), 0 points above the head alone."
     of = [result("instruct", 2.25), result("instruct", 2.0, "full")]
     assert RUN.verdict(of) == "lora: 0.25 worse than full."

@@ -56,7 +56,9 @@ def test_a_run_leaves_all_that_it_promises(tmp_path: Path) -> None:
     assert [event["step"] for event in events(tmp_path / "run", "eval")] == [0, *range(3, 25, 3)]
     assert record.best_loss == min(event["loss"] for event in events(tmp_path / "run", "eval")[1:])
     assert json.loads((tmp_path / "run/result.json").read_text())["best_step"] == record.best_step
-    assert RunConfig.read(tmp_path / "run/run.yaml") == RunConfig(output=str(tmp_path / "run"), epochs=8, **FAST)
+    # What multiplies is settled by then: torch, for a model as narrow as this.
+    asked = RunConfig(output=str(tmp_path / "run"), epochs=8, **FAST)
+    assert RunConfig.read(tmp_path / "run/run.yaml") == asked.model_copy(update={"matmul": "torch"})
     assert not result.model.training
     card = (tmp_path / "run/best/README.md").read_text()
     assert "| trained with | adamw, learning rate 0.005 (constant), 4 examples a step, fp32, seed 0 |" in card

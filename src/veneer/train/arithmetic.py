@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from veneer.core.errors import UsageError
 from veneer.engine import matmul, precision
 from veneer.tasks.task import get
 from veneer.train.config import RunConfig
@@ -61,7 +62,11 @@ def _width(config: RunConfig, model: PreTrainedModel | None) -> int:
 
     if model is None and (config.model is None or not get(config.task).pretrained):
         return _WIDTH
-    whole: Any = load_config(str(config.model)) if model is None else getattr(model, "config", None)
+    try:
+        whole: Any = load_config(str(config.model)) if model is None else getattr(model, "config", None)
+    except UsageError:
+        # Whoever loads the model says so, after all that is asked before.
+        return _WIDTH
     if whole is None:
         return _WIDTH
     return int(getattr(whole.get_text_config(), "hidden_size", _WIDTH))
