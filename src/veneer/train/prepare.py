@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PretrainedConfig, PreTrainedModel
 
-MAX_TOKENS = {"cpu": 1024, "other": 8192}
+MAX_TOKENS = {"cpu": 512, "other": 8192}
 """Tokens at once when a run does not say: a GPU is idle with few, and the caches of a CPU are small."""
 
 
