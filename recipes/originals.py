@@ -56,6 +56,26 @@ def trec_fine(folder: Path, split: str) -> Rows:
     return trec(folder, split, fine=True)
 
 
+def trec_pairs(folder: Path, split: str) -> Rows:
+    """Pairs of the questions with how alike they are: 1 of the same fine kind, 0.5 of the same coarse kind, 0 else.
+
+    Each question is the first of three pairs, one of each score, where its kind has that many questions.
+    """
+    asked = list(trec(folder, split, fine=True))
+    drawn = random.Random(0)
+    for row in asked:
+        coarse = row["label"].split(":")[0]
+        others = [other for other in asked if other is not row]
+        groups = {
+            1.0: [other for other in others if other["label"] == row["label"]],
+            0.5: [o for o in others if o["label"] != row["label"] and o["label"].startswith(f"{coarse}:")],
+            0.0: [other for other in others if not other["label"].startswith(f"{coarse}:")],
+        }
+        for score, some in groups.items():
+            if some:
+                yield {"text": row["text"], "text_pair": drawn.choice(some)["text"], "score": score}
+
+
 def wnut17(folder: Path, split: str) -> Rows:
     """Posts as words with tags of rare entities."""
     tokens: list[str] = []
@@ -68,6 +88,13 @@ def wnut17(folder: Path, split: str) -> Rows:
         elif tokens:
             yield {"tokens": tokens, "tags": tags}
             tokens, tags = [], []
+
+
+def wnut17_kinds(folder: Path, split: str) -> Rows:
+    """The posts as texts, each with the kinds of entities that it names: none, one or several."""
+    for row in wnut17(folder, split):
+        kinds = {tag.split("-", 1)[1] for tag in row["tags"] if tag != "O"}
+        yield {"text": " ".join(row["tokens"]), "label": sorted(kinds)}
 
 
 def xquad(folder: Path, split: str) -> Rows:
@@ -155,6 +182,12 @@ def gsm8k(folder: Path, split: str) -> Rows:
         yield {"prompt": row["question"], "completion": row["answer"]}
 
 
+def gsm8k_steps(folder: Path, split: str) -> Rows:
+    """The problems with the number of lines that their worked answers take, before the one with the result."""
+    for row in gsm8k(folder, split):
+        yield {"text": row["prompt"], "label": float(len(row["completion"].splitlines()) - 1)}
+
+
 def self_instruct(folder: Path, split: str) -> Rows:
     """Instructions with inputs and outputs; every tenth is held out."""
     for number, line in enumerate((folder / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()):
@@ -232,13 +265,16 @@ SETS: dict[str, tuple[str, Callable[[Path, str], Rows], tuple[str, ...]]] = {
     "cola": ("cola", cola, ("train", "dev")),
     "trec": ("trec_qc", trec, ("train", "test")),
     "trec-fine": ("trec_qc", trec_fine, ("train", "test")),
+    "trec-pairs": ("trec_qc", trec_pairs, ("train", "test")),
     "wnut17": ("wnut17_ner", wnut17, ("train", "dev")),
+    "wnut17-kinds": ("wnut17_ner", wnut17_kinds, ("train", "dev")),
     "xquad": ("xquad", xquad, ("train", "dev")),
     "codah": ("codah", codah, ("train", "dev", "test")),
     "multi30k": ("multi30k", multi30k, ("train", "dev")),
     "multi30k-vectors": ("multi30k", multi30k_vectors, ("train", "dev")),
     "wikisql": ("wikisql_mlx", wikisql, ("train", "dev", "test")),
     "gsm8k": ("gsm8k", gsm8k, ("train", "dev")),
+    "gsm8k-steps": ("gsm8k", gsm8k_steps, ("train", "dev")),
     "self-instruct": ("self_instruct", self_instruct, ("train", "dev")),
     "mts-dialog": ("mts_dialog", mts_dialog, ("train", "dev")),
     "e2e": ("e2e_nlg", e2e, ("train", "dev")),

@@ -59,12 +59,13 @@ def originals(folder: Path) -> None:
         ends = "\t".join(("good", "bad", "fine", "poor"))
         put(f"codah/fold_0/{split}.tsv", [f"n\tthe film was\t{ends}\t{at % 4}" for at in range(8)])
         place = ["i\tO", "saw\tO", "paris\tB-location", ""]
-        put(f"wnut17_ner/{split}.conll", place * 8)
+        both = ["red\tB-person", "saw\tO", "paris\tB-location", "", "good\tO", ""]
+        put(f"wnut17_ner/{split}.conll", (place + both) * 4)
     for split in ("in_domain_train", "in_domain_dev"):
         put(f"cola/{split}.tsv", [f"gj04\t{at % 2}\t{'*' * (at % 2)}\tthe film was good" for at in range(6)])
-    kinds = ("DESC:manner", "ENTY:animal", "HUM:ind")
+    kinds = ("DESC:manner", "ENTY:animal", "HUM:ind", "DESC:reason")
     for split in ("train", "test"):
-        put(f"trec_qc/{split}.txt", [f"{kinds[at % 3]} was it very good ?" for at in range(12)], "latin-1")
+        put(f"trec_qc/{split}.txt", [f"{kinds[at % 4]} was it very good {at} ?" for at in range(12)], "latin-1")
     for split in ("train", "valid", "test"):
         asked, query = (
             "table: 1-2\ncolumns: red stone, it",
@@ -72,7 +73,9 @@ def originals(folder: Path) -> None:
         )
         rows = [json.dumps({"text": f"{asked}\nQ: red {at}?\nA: {query}"}) for at in range(10)]
         put(f"wikisql_mlx/{split}.jsonl", rows)
-    put("gsm8k/train.jsonl.gz", [json.dumps({"question": f"one and {at}", "answer": f"#### {at}"}) for at in range(20)])
+    asked = ("red stone", "good film", "bad film", "it")
+    worked = [{"question": f"{asked[at % 4]} and {at}", "answer": "so it is\n" * (at % 3) + f"#### {at}"} for at in range(60)]
+    put("gsm8k/train.jsonl.gz", [json.dumps(row) for row in worked])
     instances = [{"input": "", "output": "red"}]
     task = {"instruction": "say red", "instances": instances}
     put("self_instruct/seed_tasks.jsonl", [json.dumps(task)] * 20)
@@ -184,6 +187,21 @@ def test_originals_become_rows(work: Path) -> None:
     assert first("xquad", "train")["answers"] == {"text": ["film"], "answer_start": [4]}
     assert first("multi30k", "dev")["translation"]["German"] == "red stone 0"
     assert ORIGINALS.convert(work / "nothing", work / "elsewhere") == list(ORIGINALS.SETS)
+
+
+def test_labels_and_scores_are_read_off_originals(work: Path) -> None:
+    kinds = [row["label"] for row in rows(work, "wnut17-kinds", "train")]
+    assert kinds[:3] == [["location"], ["location", "person"], []]
+    assert rows(work, "wnut17-kinds", "train")[1]["text"] == "red saw paris"
+    assert [row["label"] for row in rows(work, "gsm8k-steps", "train")[:4]] == [0.0, 1.0, 2.0, 0.0]
+    said = {f"was it very good {at} ?": kind for at, kind in enumerate(["manner", "animal", "ind", "reason"] * 3)}
+    pairs = rows(work, "trec-pairs", "train")
+    for pair in pairs:
+        first, second = said[pair["text"]], said[pair["text_pair"]]
+        assert pair["text"] != pair["text_pair"]
+        assert pair["score"] == (1.0 if first == second else 0.5 if {first, second} == {"manner", "reason"} else 0.0)
+    # Two of the four kinds have no other fine kind beside them.
+    assert [row["score"] for row in pairs[:5]] == [1.0, 0.5, 0.0, 1.0, 0.0]
 
 
 def rows(work: Path, name: str, split: str) -> list[dict[str, Any]]:
