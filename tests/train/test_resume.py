@@ -121,6 +121,13 @@ def test_kill_9_at_any_moment_loses_nothing() -> None:
     assert "every run came back to the same weights" in done.stdout
 
 
+def test_a_run_that_was_killed_as_it_began_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.run.yaml.1234.tmp").write_text("output:")
+    begin(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
 def test_sigterm_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     stop_after(monkeypatch, 2, signal.SIGTERM)

@@ -62,6 +62,11 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path.parent, {path.name: lambda beside: beside.write_text(text, encoding="utf-8")})
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a path is what a process left that was killed while it wrote, by its name."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def write_folder(folder: Path, write: Callable[[Path], Result], *, replace: bool = False) -> Result:
     """Write a whole folder: a folder of that name is complete, or is what it was before.
 

@@ -7,8 +7,8 @@ A store is a folder. ``index.json`` has the counts, the reasons against bad rows
 - ``more.u1``: what else a task keeps of each example, one behind the other (JSON, mostly nothing);
 - ``examples.i8``: for each example its row, the ends of its tokens, of its labels and of what else there is, and how
   many are trained (int64);
-- ``rows.i8``: for each row the end of its name, sequences cut, tokens lost by that, sequences left out and sequences
-  dropped (int64).
+- ``rows.i8``: for each row the end of its name, sequences cut, tokens lost by that, sequences left out, sequences
+  dropped, and tokens (int64).
 
 All numbers are little-endian. Nothing is pickled.
 """
@@ -31,7 +31,7 @@ from veneer.core.errors import DataError
 from veneer.data.encode import Encoded, EncodedSet, EncodingReport
 from veneer.data.rows import BadRow, Row
 
-FORMAT = 2
+FORMAT = 3
 MOST_REASONS = 1000
 """How many reasons against bad rows are kept; all are counted."""
 INDEX_NAME = "index.json"
@@ -44,9 +44,9 @@ _COLUMNS = {
     "examples": "<i8",
     "rows": "<i8",
 }
-_WIDTHS = {"examples": 5, "rows": 5}
+_WIDTHS = {"examples": 5, "rows": 6}
 _ROW, _IDS_END, _LABELS_END, _MORE_END, _TRAINED = range(5)
-_ORIGIN_END, _TRUNCATED, _CUT, _LEFT_OUT, _DROPPED = range(5)
+_ORIGIN_END, _TRUNCATED, _CUT, _LEFT_OUT, _DROPPED, _TOKENS = range(6)
 
 Outcome = tuple[Row, EncodedSet] | BadRow
 """What became of one row."""
@@ -84,7 +84,8 @@ def packed(outcomes: Iterable[Outcome]) -> Chunk:
             examples.append((len(rows), len(ids), len(labels), len(more), example.trained))
         origins += row.origin.encode("utf-8", "surrogateescape")
         report = found.report
-        rows.append((len(origins), report.truncated, report.tokens_cut, report.left_out, report.dropped))
+        counts = (report.truncated, report.tokens_cut, report.left_out, report.dropped, report.tokens)
+        rows.append((len(origins), *counts))
     columns = {
         "input_ids": np.array(ids, "<i4"),
         "labels": np.array(labels, "<i4"),
@@ -114,7 +115,7 @@ def write_store(folder: Path, chunks: Iterable[Chunk]) -> None:
             columns = dict(chunk.columns)
             shift = [counts["rows"], counts["input_ids"], counts["labels"], counts["more"], 0]
             columns["examples"] = columns["examples"] + np.array(shift, "<i8")
-            columns["rows"] = columns["rows"] + np.array([counts["origins"], 0, 0, 0, 0], "<i8")
+            columns["rows"] = columns["rows"] + np.array([counts["origins"], 0, 0, 0, 0, 0], "<i8")
             for name, column in columns.items():
                 files[name].write(column.tobytes())
                 counts[name] += len(column)
@@ -202,7 +203,8 @@ class Store:
             truncated=int(totals[_TRUNCATED]),
             tokens_cut=int(totals[_CUT]),
             left_out=int(totals[_LEFT_OUT]),
-            tokens=sum(found.lengths),
+            # As the task counts them: an encoder-decoder's are those it reads and those it writes.
+            tokens=int(totals[_TOKENS]),
             trained_tokens=int(self.examples[chosen, _TRAINED].sum()),
             longest=max(found.lengths, default=0),
             dropped=int(totals[_DROPPED]),

@@ -6,7 +6,6 @@ Shape legend: B rows, H heads, G key and value heads, T tokens of all sequences,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from itertools import groupby, pairwise
 from typing import Any
@@ -150,7 +149,6 @@ def _weights(q_HQD: Tensor, k_GKD: Tensor, scaling: float, window: int | None) -
     return q_GSD, k_GKD, scores.softmax(-1)
 
 
-@lru_cache(maxsize=BLOCK)
 def _later(length: int, dtype: torch.dtype) -> Tensor:
     """(L, L): -inf where a column's token is later than the row's."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)

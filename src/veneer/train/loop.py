@@ -29,7 +29,7 @@ from veneer.train.log import ProgressBar, RunLog, finite, peak_memory
 from veneer.train.prepare import Plan, prepare
 from veneer.train.processes import joined
 from veneer.train.progress import Progress
-from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, picked_up, rewind
+from veneer.train.resume import CONFIG_NAME, RESULT_NAME, agreement, check, picked_up, rewind, tidy
 from veneer.train.samples import Sample, Samples, goals, plain
 from veneer.train.savings import saving
 from veneer.train.strategy import check_model
@@ -174,6 +174,7 @@ class Loop:
     def _begin(self) -> None:
         if not self.accelerator.is_main_process:
             return
+        tidy(self.folder)
         write_text(self.folder / CONFIG_NAME, self.config.to_yaml())
         rewind(self.folder, self.saved.values["progress"]["log_bytes"] if self.saved else 0)
         if self.saved is not None:

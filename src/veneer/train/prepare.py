@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.adapters.budget import set_total_step
 from veneer.adapters.model import PeftModel
+from veneer.core.disk import is_unfinished
 from veneer.core.errors import ConfigError, DataError, UsageError, listed, nearest
 from veneer.core.records import PartRecord
 from veneer.data.batching import Batching, padding
@@ -204,12 +205,12 @@ def _batching(config: RunConfig, speed: Acceleration, sets: Sets, processes: int
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a run folder that has something in it.
+    """Refuse a run folder that has something in it, other than what a run left that was killed as it began.
 
     Raises:
         UsageError: it is not empty, or not a folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"The output {str(folder)!r} is a file; expected a new or empty folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(map(is_unfinished, folder.iterdir())):
         raise UsageError(f"The output folder {str(folder)!r} exists and is not empty; name another, or remove it.")

@@ -79,7 +79,7 @@ def picked_up(config: RunConfig, processes: int) -> tuple[Saved | None, RunConfi
         if not result["interrupted"]:
             raise UsageError(f"The run in {str(folder)!r} is finished, after {result['steps']:,} steps.")
     if PartialState().is_main_process:
-        _tidy(folder)
+        tidy(folder)
     PartialState().wait_for_everyone()
     saved, said = newest(folder)
     if saved is None:
@@ -123,7 +123,8 @@ def check(saved: Saved, plan: Plan) -> None:
         )
 
 
-def _tidy(folder: Path) -> None:
+def tidy(folder: Path) -> None:
+    """Put in order what a process left that was killed while it wrote."""
     for left in [*folder.glob(".*.old"), *(folder / FOLDER).glob(".*.old")]:
         # ".best.1234.old" is what stood at "best" until the new one was about to take its place.
         place = left.with_name(left.name.removeprefix(".").rsplit(".", 2)[0])
