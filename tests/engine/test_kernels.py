@@ -71,7 +71,8 @@ def test_kernels_change_nothing_but_what_is_kept(family: str, targets: str) -> N
     assert not any("forward" in module.__dict__ for module in model.get_base_model().modules())
 
 
-def test_less_is_kept() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_less_is_kept(dropout: float) -> None:
     def kept(model: Any) -> int:
         seen: dict[int, int] = {}
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -86,7 +87,7 @@ def test_less_is_kept() -> None:
             model(input_ids=torch.randint(3, 97, (4, 32)), use_cache=False)
         return sum(seen.values())
 
-    model = adapted("Llama", target_modules=["q_proj", "v_proj"])
+    model = adapted("Llama", target_modules=["q_proj", "v_proj"], lora_dropout=dropout).train()
     before = kept(model)
     use_kernels(model)
     assert kept(model) < 0.9 * before

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels import reference
@@ -29,7 +31,9 @@ def member(out: int, inputs: int, r: int | None, *, bias: bool = False, learns: 
 
 
 def plain(x: Tensor, m: Member) -> Tensor:
-    return reference.adapted_linear(x, m.W_OI, m.bias, m.A_RI, m.B_OR, m.scaling)
+    if m.A_RI is None or not m.dropout:
+        return reference.adapted_linear(x, m.W_OI, m.bias, m.A_RI, m.B_OR, m.scaling)
+    return reference.lora_linear(x, m.W_OI, m.bias, m.A_RI, m.B_OR, m.scaling, F.dropout(x, m.dropout))
 
 
 def compare(x: Tensor, members: Sequence[Member], found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -82,6 +86,31 @@ def test_a_frozen_factor(learns: str) -> None:
     x = torch.randn(5, IN, dtype=F64, requires_grad=True)
     members = [member(3, IN, 2, learns=learns), member(2, IN, 1, learns=learns)]
     compare(x, members, lora_group(x, members), [plain(x, m) for m in members])
+
+
+@pytest.mark.parametrize("dropouts", [(0.4, 0.0, 0.4), (0.0, 0.4, 0.9), (0.4, 0.0, 1.0)])
+@pytest.mark.parametrize("learns", ["AB", "A", "B"])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_dropout_draws_what_the_layers_would_draw(dropouts: tuple[float, ...], learns: str, needs_x: bool) -> None:
+    x = torch.randn(2, 7, IN, dtype=F64, requires_grad=needs_x)
+
+    def dropped(*outs: tuple[int, int, int | None]) -> list[Member]:
+        made = [member(*shape, learns=learns) for shape in outs]
+        return [replace(m, dropout=p) for m, p in zip(made, dropouts, strict=True)]
+
+    def drawn(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        torch.manual_seed(7)
+        return run()
+
+    members = dropped((6, IN, 2), (3, IN, 1), (3, IN, None))
+    compare(x, members, drawn(lambda: lora_group(x, members)), drawn(lambda: [plain(x, m) for m in members]))
+    parts = dropped((FEATURES, IN, 2), (FEATURES, IN, 1), (IN, FEATURES, 2))
+    compare(x, parts, drawn(lambda: [gated_mlp(x, *parts, "silu")]), drawn(lambda: [plain_block(x, parts, "silu")]))
+    with torch.no_grad():
+        for ours, own in zip(
+            drawn(lambda: lora_group(x, members)), drawn(lambda: [plain(x, m) for m in members]), strict=True
+        ):
+            torch.testing.assert_close(ours, own)
 
 
 def kept_by(run: Callable[[], object]) -> set[int]:

@@ -74,7 +74,9 @@ def originals(folder: Path) -> None:
         rows = [json.dumps({"text": f"{asked}\nQ: red {at}?\nA: {query}"}) for at in range(10)]
         put(f"wikisql_mlx/{split}.jsonl", rows)
     asked = ("red stone", "good film", "bad film", "it")
-    worked = [{"question": f"{asked[at % 4]} and {at}", "answer": "so it is\n" * (at % 3) + f"#### {at}"} for at in range(60)]
+    worked = [
+        {"question": f"{asked[at % 4]} and {at}", "answer": "so it is\n" * (at % 3) + f"#### {at}"} for at in range(60)
+    ]
     put("gsm8k/train.jsonl.gz", [json.dumps(row) for row in worked])
     instances = [{"input": "", "output": "red"}]
     task = {"instruction": "say red", "instances": instances}

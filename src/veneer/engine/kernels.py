@@ -1,8 +1,8 @@
 """Kernels in the place of a model's own modules: by what a module computes, never by the name of a model.
 
 Each replacement is an instance's ``forward``; parameters, names and files stay as they are, and ``undo`` takes all
-back. A module that the kernels cannot serve at some moment (a second adapter, dropout, autocast, hooks, weights
-that learn) goes its own way for that call.
+back. A module that the kernels cannot serve at some moment (a second adapter, autocast, hooks, weights that
+learn) goes its own way for that call.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.layer import AdaptedLayer
+from veneer.kernels.dropout import repeatable
 from veneer.kernels.lora_group import Member
 from veneer.variants.lora import Variant as Lora
 
@@ -21,8 +22,9 @@ def is_linear(module: nn.Module) -> bool:
 def member_of(module: nn.Module, x: Tensor) -> Member | None:
     """A layer's frozen weight with the factors that are to be added, or None where it must be called by itself.
 
-    That is so with more than one active adapter, with another variant than LoRA, with dropout, merged or routed
-    rows, hooks, weights that learn, frozen weights of another dtype than the input, and under an autocast to another.
+    That is so with more than one active adapter, with another variant than LoRA, merged or routed rows, hooks, dropout
+    whose mask cannot be drawn again, weights that learn, frozen weights of another dtype than the input, and under an
+    autocast to another.
     """
     if _is_cast(x) or torch.compiler.is_compiling() or _hooked(module):
         return None
@@ -37,14 +39,15 @@ def member_of(module: nn.Module, x: Tensor) -> Member | None:
     name = module.live[0]
     if len(module.live) > 1 or type(module.variants[name]) is not Lora or name in module.live_scaling:
         return None
-    if module.training and module.lora_dropout[name]:
+    dropout = module.lora_dropout[name] if module.training else 0.0
+    if dropout and not repeatable(x):
         return None
     given = module.given(name)
     if tuple(given) != _FACTORS:
         return None
     # Factors learn in float32 on a bfloat16 base, and are thin: they follow the input, as in lora_linear.
     A_RI, B_OR = (given[factor].to(x.dtype) for factor in _FACTORS)
-    return Member(plain.W_OI, plain.bias, A_RI, B_OR, module.scaling[name])
+    return Member(plain.W_OI, plain.bias, A_RI, B_OR, module.scaling[name], dropout)
 
 
 def _is_cast(x: Tensor) -> bool:

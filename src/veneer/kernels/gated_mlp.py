@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.lora_group import Member, backward_members, forward_members, members_of
+from veneer.kernels.lora_group import Member, Numbers, backward_members, forward_members, members_of, taken_apart
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -35,32 +35,32 @@ def _approximate(name: Activation) -> str:
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, activation: Activation, scalings: tuple[float, ...], *tensors: Tensor | None
-    ) -> Tensor:
-        gate, up, down = members = members_of(tensors, scalings)
+    def forward(ctx: Any, x: Tensor, activation: Activation, numbers: Numbers, *tensors: Tensor | None) -> Tensor:
+        gate, up, down = members = members_of(tensors, numbers)
         x_NI = x.reshape(-1, x.shape[-1])
-        (g_NF, u_NF), xA_SN = forward_members(x_NI, [gate, up])
-        (y_NI,), hA_RN = forward_members(activate(g_NF, activation).mul_(u_NF), [down])
+        (g_NF, u_NF), xA_SN, ctx.states = forward_members(x_NI, [gate, up])
+        (y_NI,), hA_RN, ctx.states_of_down = forward_members(activate(g_NF, activation).mul_(u_NF), [down])
         keeps = any(member.A_RI is not None and member.A_RI.requires_grad for member in members[:2])
         ctx.save_for_backward(x_NI if keeps else None, g_NF, u_NF, xA_SN, hA_RN, *tensors)
-        ctx.activation, ctx.scalings, ctx.shape = activation, scalings, x.shape
+        ctx.activation, ctx.numbers, ctx.shape = activation, numbers, x.shape
         return y_NI.view(*x.shape[:-1], y_NI.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, g_NF, u_NF, xA_SN, hA_RN, *tensors = ctx.saved_tensors
-        gate, up, down = members_of(tensors, ctx.scalings)
+        gate, up, down = members_of(tensors, ctx.numbers)
         act_NF = activate(g_NF, ctx.activation)
         learns = down.A_RI is not None and down.A_RI.requires_grad
         h_NF = act_NF * u_NF if learns else None
         g_NI = grad.reshape(-1, grad.shape[-1])
-        dh_NF, of_down = backward_members(h_NF, hA_RN, [down], [g_NI], need_x=True)
+        dh_NF, of_down = backward_members(h_NF, hA_RN, [down], [g_NI], ctx.states_of_down, need_x=True)
         assert dh_NF is not None
         du_NF = act_NF.mul_(dh_NF)
         dg_NF = _activate_backward(dh_NF.mul_(u_NF), g_NF, ctx.activation)
-        dx_NI, of_both = backward_members(x_NI, xA_SN, [gate, up], [dg_NF, du_NF], need_x=ctx.needs_input_grad[0])
+        dx_NI, of_both = backward_members(
+            x_NI, xA_SN, [gate, up], [dg_NF, du_NF], ctx.states, need_x=ctx.needs_input_grad[0]
+        )
         each = (gradient for d_A, d_B in (*of_both, *of_down) for gradient in (None, None, d_A, d_B))
         return None if dx_NI is None else dx_NI.view(ctx.shape), None, None, *each
 
@@ -79,10 +79,9 @@ def gated_mlp(x: Tensor, gate: Member, up: Member, down: Member, activation: Act
         (..., I).
     """
     if not torch.is_grad_enabled():
-        (g_NF, u_NF), _ = forward_members(x.reshape(-1, x.shape[-1]), [gate, up])
-        (y_NI,), _ = forward_members(activate(g_NF, activation).mul_(u_NF), [down])
+        (g_NF, u_NF), *_ = forward_members(x.reshape(-1, x.shape[-1]), [gate, up])
+        (y_NI,), *_ = forward_members(activate(g_NF, activation).mul_(u_NF), [down])
         return y_NI.view(*x.shape[:-1], y_NI.shape[1])
-    members = (gate, up, down)
-    tensors = [tensor for m in members for tensor in (m.W_OI, m.bias, m.A_RI, m.B_OR)]
-    y: Tensor = _GatedMLP.apply(x, activation, tuple(m.scaling for m in members), *tensors)  # type: ignore[no-untyped-call]
+    numbers, tensors = taken_apart((gate, up, down))
+    y: Tensor = _GatedMLP.apply(x, activation, numbers, *tensors)  # type: ignore[no-untyped-call]
     return y
