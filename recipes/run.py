@@ -1,4 +1,4 @@
-"""Run recipes: train, measure on what was held out, and compare with what each expects.
+"""Run recipes: train, measure on what was held out, predict, merge, and compare with what each expects.
 
     python recipes/run.py [NAME[:METHOD] ...] [--compare] [--work FOLDER] [--steps N]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,8 @@ LOWER = {"loss", "perplexity", "wer", "cer", "mean_absolute_error"}
 """Metrics that are better when small."""
 BESIDE = ("f1_macro", "mcc", "exact_match", "recall_at_1", "rougeL")
 """Metrics that a study shows beside the recipe's own."""
+ROWS = 8
+"""Rows of which a merged model has to say what the adapted one says."""
 COLUMNS = ("recipe", "method", "metric", "value", "minutes", "trainable", "gigabytes", "command")
 """Of results.csv."""
 
@@ -186,6 +189,8 @@ def run(recipe: Recipe, steps: int | None = None, method: str | None = None) -> 
             f"{metric}_rest": measured(given, recipe.settings["rest"], answers)[metric],
             f"{metric}_rest_before": measured(untrained, recipe.settings["rest"], answers)[metric],
         }
+    if trained["method"] == "lora":
+        merged_alike(config["model"], kept, recipe, output)
     said = {}
     if recipe.question is not None:
         most = 8 if steps else 128
@@ -200,6 +205,39 @@ def measured(given: Sequence[str], data: str, answers: Sequence[str]) -> dict[st
     """A model's figures on some data."""
     found = json.loads(veneer(["eval", *given, "--data", data, *answers, "--json"]))
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def merged_alike(model: str, adapter: str, recipe: Recipe, output: Path) -> None:
+    """Merge the adapter into its model, and let both say the same of the first rows that it is measured on.
+
+    Raises:
+        FailedError: they do not.
+    """
+    rows, merged = Path(recipe.settings["eval"]), output / "merged"
+    if rows.is_file():
+        first = output / "rows.jsonl"
+        first.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:ROWS]), encoding="utf-8")
+        rows = first
+    veneer(["merge", "--model", model, "--adapter", adapter, "--output", str(merged), "--dtype", "float32"])
+    said = []
+    for name, given in ("adapted", ["--model", model, "--adapter", adapter]), ("merged", ["--model", str(merged)]):
+        path = output / f"said-{name}.jsonl"
+        veneer(["predict", *given, "--data", str(rows), "--output", str(path), "--max-new-tokens", "32"])
+        said.append([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    shutil.rmtree(merged)
+    if not said[0] or not alike(*said):
+        raise FailedError(f"the merged model does not say what the adapted one does; see {output}/said-*.jsonl.")
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two predictions are the same, their numbers but for rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-3)
+    return bool(one == other)
 
 
 def ask(given: Sequence[str], question: str, most: int) -> str:

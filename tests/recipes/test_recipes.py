@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import csv
+import dataclasses
 import gzip
 import importlib.util
 import io
@@ -44,6 +45,10 @@ def script(name: str) -> ModuleType:
 RUN, ORIGINALS, MODELS, SPEECH = script("run"), script("originals"), script("models"), script("speech")
 
 
+def question(at: int) -> str:
+    return f"was {('red', 'it', 'the film', 'the stone')[at % 4]} very good {at} ?"
+
+
 def originals(folder: Path) -> None:
     """Some lines of every data set, in the form that its source publishes."""
 
@@ -65,7 +70,7 @@ def originals(folder: Path) -> None:
         put(f"cola/{split}.tsv", [f"gj04\t{at % 2}\t{'*' * (at % 2)}\tthe film was good" for at in range(6)])
     kinds = ("DESC:manner", "ENTY:animal", "HUM:ind", "DESC:reason")
     for split in ("train", "test"):
-        put(f"trec_qc/{split}.txt", [f"{kinds[at % 4]} was it very good {at} ?" for at in range(12)], "latin-1")
+        put(f"trec_qc/{split}.txt", [f"{kinds[at % 4]} {question(at)}" for at in range(12)], "latin-1")
     for split in ("train", "valid", "test"):
         asked, query = (
             "table: 1-2\ncolumns: red stone, it",
@@ -98,8 +103,8 @@ def originals(folder: Path) -> None:
         f"red stone {at}": f"roter Stein {at}" for at in range(20)
     }
     (folder / "django" / "django.mo").write_bytes(catalogue(messages))
-    question = {"question": "was it good", "answers": [{"text": "film", "answer_start": 4}]}
-    paragraphs = [{"context": "the film was good", "qas": [question]}] * 10
+    asked_of = {"question": "was it good", "answers": [{"text": "film", "answer_start": 4}]}
+    paragraphs = [{"context": "the film was good", "qas": [asked_of]}] * 10
     put("xquad/xquad.en.json", [json.dumps({"data": [{"paragraphs": paragraphs}]})])
 
 
@@ -196,7 +201,7 @@ def test_labels_and_scores_are_read_off_originals(work: Path) -> None:
     assert kinds[:3] == [["location"], ["location", "person"], []]
     assert rows(work, "wnut17-kinds", "train")[1]["text"] == "red saw paris"
     assert [row["label"] for row in rows(work, "gsm8k-steps", "train")[:4]] == [0.0, 1.0, 2.0, 0.0]
-    said = {f"was it very good {at} ?": kind for at, kind in enumerate(["manner", "animal", "ind", "reason"] * 3)}
+    said = {question(at): kind for at, kind in enumerate(["manner", "animal", "ind", "reason"] * 3)}
     pairs = rows(work, "trec-pairs", "train")
     for pair in pairs:
         first, second = said[pair["text"]], said[pair["text_pair"]]
@@ -347,6 +352,7 @@ def test_queries_become_sql() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The model's head told 0, 1")
+@pytest.mark.filterwarnings("ignore:This merge cannot go tensor by tensor")
 @pytest.mark.parametrize(("recipe", "method"), runs())
 def test_a_recipe_runs(recipe: Any, method: str | None, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
@@ -359,6 +365,37 @@ def test_a_recipe_runs(recipe: Any, method: str | None, work: Path, monkeypatch:
     RUN.show([result])
     RUN.record(result, work / "results.csv")
     assert f"python recipes/run.py {result.name}\n" in (work / "results.csv").read_text()
+
+
+def test_predictions_are_alike_but_for_rounding() -> None:
+    one = {"label": "good", "scores": {"good": 0.9, "bad": 0.1}, "tags": ["O", "B"]}
+    assert RUN.alike(one, {**one, "scores": {"good": 0.90001, "bad": 0.09999}})
+    assert not RUN.alike(one, {**one, "scores": {"good": 0.8, "bad": 0.1}})
+    assert not RUN.alike(one, {**one, "label": "bad"})
+    assert not RUN.alike(one, {**one, "tags": ["O"]})
+    assert not RUN.alike(one, {"label": "good"})
+
+
+def test_a_merge_that_changes_what_is_said_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "it"}\n' * 20)
+
+    def veneer(arguments: list[str]) -> str:
+        if arguments[0] == "merge":
+            Path("out/merged").mkdir()
+        else:
+            rows = Path(arguments[arguments.index("--data") + 1]).read_text().splitlines()
+            assert len(rows) == 8
+            said = arguments[arguments.index("--output") + 1]
+            Path(said).write_text(json.dumps({"text": said}) + "\n")
+        return ""
+
+    Path("out").mkdir()
+    monkeypatch.setattr(RUN, "veneer", veneer)
+    recipe = dataclasses.replace(RUN.recipes()["gsm8k"], settings={"eval": "rows.jsonl"})
+    with pytest.raises(RUN.FailedError, match="does not say what the adapted one does"):
+        RUN.merged_alike("model", "adapter", recipe, Path("out"))
+    assert not Path("out/merged").exists()
 
 
 def test_a_command_has_a_process_of_its_own() -> None:
