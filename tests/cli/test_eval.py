@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import chat
 from veneer.cli.main import main
+from veneer.engine import matmul
+from veneer.evaluate import scoring
+from veneer.tasks import writing
 
 
 @pytest.fixture
@@ -49,6 +53,25 @@ def test_of_a_folder_the_test_file_is_read(place: Path, capsys: pytest.CaptureFi
     found = evaluate(capsys, "--model", "model", "--data", ".")
     assert found["data"]["rows"] == 3
     assert found["notes"] == ["Of ., test.jsonl is measured on."]
+
+
+@pytest.mark.parametrize(("library", "precision"), [("torch", "highest"), ("onednn", "medium"), ("auto", "medium")])
+def test_products_go_to_the_library_that_is_asked_for(
+    library: str, precision: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for module, name in ((scoring, "score"), (writing, "write")):
+        own = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, own=own, **k: (found.append(torch.get_float32_matmul_precision()), own(*a, **k))[1]
+        )
+    monkeypatch.setattr(matmul, "check", lambda library: None)
+    monkeypatch.setattr(matmul, "measure", lambda width: matmul.Matmuls(1.0, 2.0, 1e-7))
+    flags = ["--model", "model", "--data", "test.jsonl", "--matmul", library]
+    evaluate(capsys, *flags)
+    assert main(["predict", *flags, "--max-new-tokens", "2"]) == 0
+    assert found == [precision, precision]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_all_tokens_can_count(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

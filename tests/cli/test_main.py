@@ -111,11 +111,11 @@ SURFACE = {
     "eval": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize"),
         *("--task", "--max-length", "--train-on", "--columns", "--batch-size", "--on-bad-row", "--workers", "--cache"),
-        *("--answers", "--max-new-tokens", "--plot", "--code", "--database"),
+        *("--answers", "--max-new-tokens", "--plot", "--code", "--database", "--matmul"),
     },
     "predict": {
         *("--data", "--model", "--adapter", "--dtype", "--quantize", "--output", "--force", "--code"),
-        *("--task", "--max-length", "--columns", "--batch-size"),
+        *("--task", "--max-length", "--columns", "--batch-size", "--matmul"),
         *("--max-new-tokens", "--temperature", "--top-p", "--seed"),
     },
     "merge": {"--model", "--adapter", "--output", "--dtype", "--verify", "--into", "--force"},

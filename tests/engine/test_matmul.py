@@ -7,10 +7,11 @@ from itertools import chain, repeat
 import pytest
 import torch
 
+import tests.chat
 from veneer import LoraConfig, accelerated, get_peft_model, restored
 from veneer.core.errors import ConfigError
 from veneer.engine import matmul
-from veneer.engine.matmul import Matmuls, check, measure, multiplying
+from veneer.engine.matmul import Matmuls, check, measure, multiplying, settled
 
 
 def machine(torch_seconds: float, onednn_seconds: float, error: float = 1e-7):
@@ -97,6 +98,17 @@ def test_what_is_not_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="built without oneDNN; use matmul=torch"):
         check("onednn")
+
+
+def test_what_does_not_multiply_in_float32_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(matmul, "measure", lambda width: (asked.append(width), Matmuls(1.0, 2.0, 1e-7))[1])
+    model = tests.chat.model()
+    assert settled("auto", model) == "onednn"
+    assert settled("auto", model.to(torch.bfloat16)) == "torch"
+    assert settled("torch", model) == "torch"
+    assert settled("auto", torch.nn.Linear(2, 2, device="meta")) == "torch"
+    assert asked == [model.config.hidden_size]
 
 
 def test_accelerated_multiplies_with_it_until_restored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ _DEFAULT, _HELP = Sampling(), field_docs(Sampling)
         "batch_size",
         "quantize",
         "database",
+        "matmul",
     ),
 )
 def evaluate(
@@ -62,6 +63,7 @@ def evaluate(
 
     Example: veneer eval --model ./model --adapter ./run --data test.jsonl
     """
+    from veneer.engine.matmul import multiplying, settled
     from veneer.evaluate.scoring import answering, score, score_answers
     from veneer.evaluate.subject import Subject
     from veneer.tasks.writing import AbstractWriter
@@ -78,10 +80,11 @@ def evaluate(
     if answers:
         subject = answering(subject, settings.database)
     asked = subject.asked(files, settings.columns)
-    found = score(subject, asked, settings)
-    if answers:
-        judged, said = score_answers(subject, islice(asked, answers), sampling, settings)
-        found = replace(found, metrics={**found.metrics, **judged}, details={**found.details, "answers": said})
+    with multiplying(settled(settings.matmul, subject.model)):
+        found = score(subject, asked, settings)
+        if answers:
+            judged, said = score_answers(subject, islice(asked, answers), sampling, settings)
+            found = replace(found, metrics={**found.metrics, **judged}, details={**found.details, "answers": said})
     notes = [*([note] if note else []), *found.notes]
     _show(found, notes, writes=isinstance(subject.task, AbstractWriter))
     if plot is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DEFAULT, _HELP = Sampling(), field_docs(Sampling)
 
 
-@run_options("task", "code", "max_length", "columns", "batch_size", "quantize")
+@run_options("task", "code", "max_length", "columns", "batch_size", "quantize", "matmul")
 def predict(
     data: Annotated[list[str], typer.Option(metavar="FILE", help="A data file or a folder of them; may be repeated.")],
     model: Annotated[
@@ -52,6 +52,7 @@ def predict(
     """
     from veneer.core.disk import write_text
     from veneer.data.sources import read_rows
+    from veneer.engine.matmul import multiplying, settled
     from veneer.evaluate.subject import Subject
 
     settings = RunConfig(**run_values, output="-")
@@ -63,7 +64,8 @@ def predict(
         model, adapter, task=run_values.get("task"), dtype=dtype, quantize=settings.quantize, code=settings.code
     )
     rows = subject.rows(read, settings.columns)
-    found = _predicted(subject, rows, settings, sampling)
+    with multiplying(settled(settings.matmul, subject.model)):
+        found = _predicted(subject, rows, settings, sampling)
     lines = [json.dumps(line, ensure_ascii=False) for line in found]
     if output is not None:
         write_text(output, "".join(f"{line}\n" for line in lines))

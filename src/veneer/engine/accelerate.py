@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def accelerated(
     *,
     kernels: bool = True,
     packing: bool = True,
-    matmul: Literal["auto", "torch", "onednn"] = "auto",
+    matmul: matmul_.Choice = "auto",
 ) -> nn.Module:
     """Make a model train faster and in less memory in ``transformers.Trainer``, TRL's ``SFTTrainer`` or a loop.
 
@@ -107,7 +107,7 @@ def accelerated(
         ConfigError: oneDNN where it is not exact.
     """
     restored(model)
-    library = _faster(model) if matmul == "auto" else matmul
+    library = matmul_.settled(matmul, underlying(model))
     done = accelerate(model, kernels=kernels, packing=packing and form_of(model) is not None, matmul=library).start()
     keep_freed_memory()
     bare = underlying(model)
@@ -120,14 +120,6 @@ def accelerated(
 
     _accelerated[model] = undo
     return model
-
-
-def _faster(model: nn.Module) -> matmul_.Library:
-    config: Any = getattr(underlying(model), "config", None)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    width = getattr(config.get_text_config(), "hidden_size", 0) if on_cpu and hasattr(config, "get_text_config") else 0
-    products = matmul_.measure(width)
-    return "torch" if products is None else products.chosen
 
 
 def restored(model: nn.Module) -> nn.Module:

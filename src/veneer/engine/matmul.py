@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
+from torch import nn
 
 from veneer.core.errors import ConfigError
 
 Library = Literal["torch", "onednn"]
+Choice = Literal["auto", "torch", "onednn"]
 
 WORTH = 1.3
 """How many times as fast oneDNN must be to be chosen: less would flip with what else the machine does."""
@@ -80,6 +82,32 @@ def measure(width: int, *, run: Callable[[Library, int], tuple[float, float]] | 
             error = max(error, found if name == "onednn" else 0.0)
     work = 2 * _ROWS * min(width, 1024) ** 2 / 1e9
     return Matmuls(work / best["torch"], work / best["onednn"], error)
+
+
+def settled(choice: Choice, model: nn.Module) -> Library:
+    """The library for a model that is loaded: what is asked for, or for ``auto`` what is measured to be faster.
+
+    >>> with multiplying(settled("auto", model)):
+    ...     model(**inputs)
+
+    Raises:
+        ConfigError: oneDNN is asked for where it is not exact.
+    """
+    if choice != "auto":
+        check(choice)
+        return choice
+    multiplies = any(parameter.dtype == torch.float32 for parameter in model.parameters())
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    products = measure(width_of(getattr(model, "config", None)) or 0) if multiplies and on_cpu else None
+    return "torch" if products is None else products.chosen
+
+
+def width_of(config: Any) -> int | None:
+    """The hidden size that a transformers config tells; None where it tells none."""
+    if not hasattr(config, "get_text_config"):
+        return None
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    return None if width is None else int(width)
 
 
 def available() -> bool:

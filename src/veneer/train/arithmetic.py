@@ -67,6 +67,4 @@ def _width(config: RunConfig, model: PreTrainedModel | None) -> int:
     except UsageError:
         # Whoever loads the model says so, after all that is asked before.
         return _WIDTH
-    if whole is None:
-        return _WIDTH
-    return int(getattr(whole.get_text_config(), "hidden_size", _WIDTH))
+    return matmul.width_of(whole) or _WIDTH

@@ -124,7 +124,7 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     packing: Literal["auto", "on", "off"] = "auto"
     """Lay examples end to end instead of padding them: wherever the model keeps them apart, always, or never."""
     max_tokens: int | None = Field(None, ge=1)
-    """The most tokens at once when packed, else 1,024 on a CPU and 8,192 on others; a step with more takes turns."""
+    """The most tokens at once when packed, else 512 on a CPU and 8,192 on others; a step with more takes turns."""
     kernels: Literal["on", "off"] = "on"
     """Compute norms, feed-forward blocks, query, key and value and rotary embedding by kernels that keep less."""
     learning_rate: float | None = Field(None, gt=0)
