@@ -16,6 +16,7 @@ from veneer.core.errors import ConfigError, DataError, UsageError
 from veneer.data.sources import rows_of
 from veneer.report.confusion import confusion_plot
 from veneer.tasks import task as tasks
+from veneer.tasks.heads import untrained_pooler
 from veneer.tasks.labels import Labels
 from veneer.tasks.options import TaskOptions
 from veneer.train.config import RunConfig
@@ -84,6 +85,32 @@ def test_figures_are_those_of_scikit_learn(kind: str, batch_size: int, bert: Pat
     if kind == "regression":
         errors = [abs(one["value"] - row["label"]) for one, row in zip(said, rows, strict=True)]
         assert found.metrics["mean_absolute_error"] == pytest.approx(sum(errors) / len(errors))
+
+
+def test_a_pooler_that_was_never_trained_is_told(bert: Path, tmp_path: Path) -> None:
+    body = transformers.BertModel.from_pretrained(bert)
+    with torch.no_grad():
+        for name, parameter in body.named_parameters():
+            if name.endswith("bias") and "pooler" not in name:
+                parameter.normal_()
+    body.save_pretrained(tmp_path / "made")
+    words.tokenizer().save_pretrained(tmp_path / "made")
+
+    def notes(model: Path, **settings: Any) -> list[str]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        config = RunConfig(output=str(out), model=str(model), task="seq_cls", max_steps=1, **settings)
+        return [note for note in train(config, train_rows=words.reviews()).record.notes if "pooler" in note]
+
+    made = tmp_path / "made"
+    assert notes(made) == [
+        "The head reads bert.pooler, which looks as if it had never been trained: its bias is zero. "
+        "--modules-to-save pooler trains it too."
+    ]
+    assert notes(made, modules_to_save=["pooler"], target_modules=["query"]) == []
+    assert notes(made, method="full") == []
+    # Where no bias has learned, none gives anything away; and vectors are made without it.
+    assert notes(bert) == []
+    assert untrained_pooler(body) is None
 
 
 def test_numbers_as_texts_are_names_unless_a_regression_is_asked_for() -> None:

@@ -67,6 +67,23 @@ def head_paths(model: nn.Module) -> list[str]:
     return list(ModuleIndex(model).head_paths)
 
 
+def untrained_pooler(model: nn.Module) -> str | None:
+    """The path of a pooler that a head reads and that was never trained; None where there is none.
+
+    Models that make vectors of texts by means come with a pooler all the same. Its bias of zeros gives it away, where
+    others have learned. Frozen, it lets little of a text through to the head.
+    """
+    if not head_paths(model):
+        return None
+    biases = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    zero = {name for name, bias in biases.items() if not bias.detach().any()}
+    for path, _ in model.named_modules():
+        own = {name for name in biases if path.rpartition(".")[2] == "pooler" and name.startswith(f"{path}.")}
+        if own and own <= zero and any(name not in zero for name in biases):
+            return path
+    return None
+
+
 def free(model: Any) -> list[str]:
     """Make a task model's head learn, and nothing else; what was done, in sentences.
 

@@ -66,6 +66,12 @@ def prepared(
             adapter = program.adapter(adapter, config.model)
         if gather is not None:
             adapter, read = gather(model, adapter)
+        pooler = heads.untrained_pooler(model)
+        if pooler is not None and not any("pooler" in name for name in adapter.modules_to_save or ()):
+            read += (
+                f"The head reads {pooler}, which looks as if it had never been trained: its bias is zero. "
+                "--modules-to-save pooler trains it too.",
+            )
         adapted = get_peft_model(model, adapter)
         return Trained(adapted, *adapted.get_nb_trainable_parameters(), notes=(*read, *_storage(adapted)))
     notes: list[str] = []
