@@ -1,10 +1,11 @@
 """glibc's allocator, told to keep what a training step frees, since the next step asks for it again.
 
-By default glibc maps every buffer above 32 MiB anew, smaller ones too until it has adapted, and gives memory at its
-heap's end back: each step's activations are then pages that the kernel must find and clear again. In a loop that only
-fills and frees activation-sized buffers that was two thirds of the time, and half of a real step's page faults. The
-peak of a training run was 3 % higher when memory is kept (a bare loop of few, large buffers can be unluckier: small
-objects that stay split their places), and what a run has freed stays with the process until it ends. See mallopt(3).
+By default glibc gives memory at its heap's end back, and maps every buffer anew that is above a threshold, which
+follows the buffers that were freed up to 32 MiB: some steps' activations are then pages that the kernel must find and
+clear again. Here the threshold is 32 MiB from the start, the most that glibc takes, and the heap's end stays. Larger
+buffers still come and go; they are the logits of many tokens. Kept in the heap too (``M_MMAP_MAX=0``) they split each
+other's places: that saved nothing measurable where logits are computed in chunks, and a trainer that computes all
+logits of a batch held twice the memory. See mallopt(3).
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import ctypes
 import functools
 import os
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# The largest that glibc takes.
+_LARGEST = 32 * 2**20
 _OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """From here on, memory that is freed stays with the process; a second call changes nothing.
+    """From here on, freed memory stays with the process but for buffers above 32 MiB; a second call changes nothing.
 
     >>> keep_freed_memory()
     True
@@ -30,7 +33,7 @@ def keep_freed_memory() -> bool:
     if _reason():
         return False
     library = ctypes.CDLL(None)
-    return library.mallopt(_MMAP_MAX, 0) == 1 and library.mallopt(_TRIM_THRESHOLD, -1) == 1
+    return library.mallopt(_MMAP_THRESHOLD, _LARGEST) == 1 and library.mallopt(_TRIM_THRESHOLD, -1) == 1
 
 
 def allocator() -> str:
