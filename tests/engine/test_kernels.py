@@ -232,3 +232,71 @@ def test_what_was_found_reads_well() -> None:
     assert str(use_kernels(transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=1)))) == (
         "nothing"
     )
+
+
+def encoder(kind: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "num_labels": 2, "pad_token_id": 0, **settings}
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "DistilBert":
+        small = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "dropout": 0.0, "seq_classif_dropout": 0.0}
+    if kind == "GPT2":
+        small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    if kind in ("Bert", "Roberta", "Electra"):
+        small["hidden_dropout_prob"] = 0.0
+    config = getattr(transformers, f"{kind}Config")(**sizes, **small)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+PADDED = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9], [3, 4, 5, 0, 0], [8, 7, 6, 5, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
+    "labels": torch.tensor([0, 1, 1]),
+}
+DROPPED = {"DistilBert": "attention_dropout", "GPT2": "attn_pdrop"}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra", "DistilBert", "GPT2"])
+def test_attention_with_dropout_keeps_no_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = DROPPED.get(kind, "attention_probs_dropout_prob")
+    plain, fast = encoder(kind, **{share: 0.0}), encoder(kind, **{share: 0.3})
+    put = use_kernels(fast)
+    assert "attention with dropout" in str(put)
+    fast.eval(), plain.eval()
+    with torch.no_grad():
+        assert torch.equal(fast(**PADDED).logits, plain(**PADDED).logits)
+
+    def passed(model: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model.train()(**PADDED).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    drawn = [float(passed(fast)[0]) for _ in range(3)]
+    assert len(set(drawn)) == 3, "weights are dropped while training"
+    seeds = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        seeds.append(passed(fast))
+    assert all(torch.equal(a, b) for a, b in zip(*seeds, strict=True))
+    # With masks that keep all it has to be the model without dropout.
+    monkeypatch.setattr(
+        "veneer.kernels.dropout.mask", lambda shape, p, **kwargs: torch.ones(shape, dtype=kwargs["dtype"])
+    )
+    monkeypatch.setattr("veneer.kernels.dropout.weight", lambda p: 1.0)
+    for got, wanted in zip(passed(fast), passed(plain), strict=True):
+        torch.testing.assert_close(got, wanted)
+    put.undo()
+    assert fast.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("Bert", {"attention_probs_dropout_prob": 0.0}), ("Bert", {"attn_implementation": "eager"}), ("ModernBert", {})],
+    ids=str,
+)
+def test_attention_is_left_alone_where_nothing_is_gained(kind: str, settings: dict[str, Any]) -> None:
+    model = encoder(kind, **settings)
+    before = model.config._attn_implementation
+    assert use_kernels(model).own_attention is None
+    assert model.config._attn_implementation == before

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.kernels.attention import BLOCK, attention, packed_attention
+from veneer.kernels import attention as kernel
+from veneer.kernels import dropout as dropouts
+from veneer.kernels.attention import BLOCK, attention, packed_attention, row_attention
 
 STARTS = (0, 4, 8, 9, 15)
 
@@ -109,3 +111,69 @@ def test_a_mask_of_ones_own() -> None:
         found = attention(q, k, v, scaling=0.3, seen=seen, softcap=softcap)
         keys, values = (part.repeat_interleave(2, 1) for part in (k, v))
         torch.testing.assert_close(found, (q @ keys.transpose(2, 3) * 0.3).softmax(-1) @ values)
+
+
+def rows(B: int = 5, H: int = 3, L: int = 7, K: int = 7, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(B, H, n, 4, dtype=dtype, requires_grad=True) for n in (L, K, K)]
+
+
+def some_mask(B: int = 5, L: int = 7, K: int = 7) -> Tensor:
+    """Padded rows of several lengths; one query of the second row sees nothing."""
+    seen = (torch.arange(K) < torch.tensor([7, 4, 1, 6, 7])[:B, None])[:, None, None].repeat(1, 1, L, 1)
+    seen[1, 0, 2] = False
+    return seen
+
+
+@pytest.mark.parametrize("scores", [2**19, 3 * 7 * 7 * 2, 1], ids=["all rows at once", "two", "one"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+def test_rows_of_a_padded_batch(p: float, masked: bool, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "SCORES", scores)
+    q, k, v = rows()
+    seen = some_mask() if masked else None
+    torch.manual_seed(3)
+    found = row_attention(q, k, v, seen, scaling=0.3, dropout=p)
+    # The same draws in one go: the generator gives rows in their order.
+    weights = q @ k.transpose(2, 3) * 0.3
+    if seen is not None:
+        weights = weights.masked_fill(~seen, -math.inf)
+    weights = torch.nan_to_num(weights.softmax(-1))
+    torch.manual_seed(3)
+    step = max(1, scores // (3 * 7 * 7))
+    drawn = [dropouts.mask((len(part) * 3, 7, 7), p, dtype=q.dtype, device=q.device) for part in q.split(step)]
+    expected = (weights * torch.cat(drawn).view(weights.shape) * dropouts.weight(p) if p else weights) @ v
+    torch.testing.assert_close(found, expected)
+    given = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (q, k, v), given)
+    torch.rand(9)  # the generator has moved on
+    for got, gradient in zip(torch.autograd.grad(found, (q, k, v), given), wanted, strict=True):
+        torch.testing.assert_close(got, torch.nan_to_num(gradient))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 7, 5), (5, 1, 1, 5), (5, 3, 7, 5)], ids=str)
+def test_rows_without_dropout_are_torchs_attention(shape: tuple[int, ...]) -> None:
+    q, k, v = rows(K=5)
+    seen = torch.rand(shape) < 0.7
+    seen[..., 0] = True
+    found = row_attention(q, k, v, seen, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3)
+    torch.testing.assert_close(found, expected)
+    assert found.transpose(1, 2).is_contiguous()
+    assert torch.autograd.gradcheck(lambda *parts: row_attention(*parts, seen, scaling=0.3), (q, k, v))
+
+
+def test_rows_in_bfloat16_are_rounded_where_they_come_in_and_go_out() -> None:
+    narrow = rows(dtype=torch.bfloat16)
+    wide = [part.detach().float().requires_grad_() for part in narrow]
+    seen = some_mask()
+    outputs = []
+    for parts in (narrow, wide):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(row_attention(*parts, seen, scaling=0.3, dropout=0.2))
+    found, expected = outputs
+    assert torch.equal(found, expected.bfloat16())
+    given = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, narrow, given), torch.autograd.grad(expected, wide, given.float())
+    for got, wanted in zip(*gradients, strict=True):
+        assert torch.equal(got, wanted.bfloat16())

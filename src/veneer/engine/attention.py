@@ -1,7 +1,8 @@
-"""transformers' attention for packed batches: functions registered through its own ``AttentionInterface``.
+"""transformers' attention for packed and padded batches: functions registered through its own ``AttentionInterface``.
 
 transformers tells from positions that begin anew that sequences lie end to end, and builds a T x T mask that lets
-each see itself alone. Here the borders are handed on in the mask's place, and attention is run within them.
+each see itself alone. Here the borders are handed on in the mask's place, and attention is run within them. Padded rows
+go to torch's attention, or to a kernel where that keeps all weights for backward: on a CPU with dropout.
 
 Shape legend: T tokens of all sequences, S sequences.
 """
@@ -14,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels.attention import attention, packed_attention
+from veneer.engine.inputs import token_inputs
+from veneer.kernels import dropout as dropouts
+from veneer.kernels.attention import attention, packed_attention, row_attention
 
 NAME = "veneer"
 """The ``attn_implementation`` of a model that uses this."""
+
+_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+"""What transformers' configs call the share of the attention weights that is dropped."""
 
 
 def register() -> None:
@@ -63,6 +69,8 @@ def attend(
         out = packed_attention(
             query, key, value, starts, scaling=scaling, dropout=dropout, window=window, softcap=softcap
         )
+    elif softcap is None and dropout and _served(module, query, key, attention_mask, kwargs):
+        out = row_attention(query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     elif softcap is not None:
         out = attention(query, key, value, scaling=scaling, dropout=dropout, softcap=softcap, seen=attention_mask)
     else:
@@ -73,6 +81,58 @@ def attend(
         )
         return plain
     return out.transpose(1, 2).contiguous(), None
+
+
+def _served(module: nn.Module, q: Tensor, k: Tensor, seen: Tensor | None, others: dict[str, Any]) -> bool:
+    """Whether ``row_attention`` computes what a layer asks for, and is better at it than torch."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or not dropouts.repeatable(q):
+        return False
+    if q.shape[1] != k.shape[1] or any(others.get(name) is not None for name in ("position_bias", "cache")):
+        return False
+    if seen is not None:
+        return seen.dtype == torch.bool
+    causal = others.get("is_causal")
+    return q.shape[2] == 1 or not (getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def use_rows(model: Any) -> Callable[[], None] | None:
+    """Let a model that reads tokens and drops attention weights attend by this, on a CPU.
+
+    A few tokens are run both ways. Where the outputs differ, the model stays as it was.
+
+    Returns:
+        What gives it its own attention back; None where there is nothing to gain, or it has another attention.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(model, "main_input_name", "") != "input_ids":
+        return None
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or not any(getattr(config, name, 0.0) for name in _DROPOUTS):
+        return None
+
+    def undo() -> None:
+        model.set_attn_implementation("sdpa")
+
+    ids = torch.arange(6).view(2, 3) % weight.shape[0]
+    inputs = {**token_inputs(model, ids), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    if inputs["input_ids"].dim() == 3:
+        inputs["attention_mask"] = inputs["attention_mask"][None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            own = model(**inputs)[0]
+            register()
+            model.set_attn_implementation(NAME)
+            kept = model.config._attn_implementation == NAME and torch.equal(model(**inputs)[0], own)
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError):
+        kept = False
+    finally:
+        model.train(was_training)
+    if not kept:
+        undo()
+        return None
+    return undo
 
 
 def mask(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from veneer.adapters.layer import AdaptedLayer
+from veneer.engine.attention import use_rows
 from veneer.engine.groups import GroupedLinear, groups_of
 from veneer.engine.head import underlying
 from veneer.engine.inputs import token_inputs
@@ -38,11 +39,15 @@ class Kernels:
     """Attention layers with rotary embedding."""
     modules: tuple[nn.Module, ...]
     """All modules whose forward is another one now."""
+    own_attention: Callable[[], None] | None = None
+    """Gives the model its own attention back, where its attention with dropout is another one now."""
 
     def undo(self) -> None:
         """Give every module its own forward back."""
         for module in self.modules:
             module.__dict__.pop("forward", None)
+        if self.own_attention is not None:
+            self.own_attention()
 
     def __str__(self) -> str:
         parts = {
@@ -51,7 +56,8 @@ class Kernels:
             "groups of layers": self.groups,
             "rotary attentions": self.rotations,
         }
-        return ", ".join(f"{count} {name}" for name, count in parts.items() if count) or "nothing"
+        found = [f"{count} {name}" for name, count in parts.items() if count]
+        return ", ".join([*found, *(["attention with dropout"] if self.own_attention else [])]) or "nothing"
 
 
 def use_kernels(model: nn.Module) -> Kernels:
@@ -80,7 +86,7 @@ def use_kernels(model: nn.Module) -> Kernels:
         forwards.update({layer: GroupedLinear(group, number) for number, layer in enumerate(group.layers)})
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
-    return Kernels(norms, mlps, len(groups), rotations, tuple(forwards))
+    return Kernels(norms, mlps, len(groups), rotations, tuple(forwards), use_rows(bare))
 
 
 def _inside(module: nn.Module) -> bool:

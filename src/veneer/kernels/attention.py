@@ -1,4 +1,4 @@
-"""Attention over sequences that lie end to end, each seeing itself alone.
+"""Attention over sequences that lie end to end, each seeing itself alone, and over the rows of padded batches.
 
 Shape legend: B rows, H heads, G key and value heads, T tokens of all sequences, L tokens of one, D head width.
 """
@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import dropout as dropouts
+
 BLOCK = 128
 """Queries whose scores exist at a time on a CPU: what they do not see of a causal sequence is not computed."""
+
+SCORES = 2**19
+"""Scores of a padded batch that exist at a time on a CPU: 2 MiB of float32, which stay in the cache."""
 
 MIN_VARLEN_CAPABILITY = (8, 0)
 """The first NVIDIA generation (Ampere) that flash attention runs on."""
@@ -157,6 +162,126 @@ def _later(length: int, dtype: torch.dtype) -> Tensor:
 def _before(queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor:
     """(Q, K): -inf where a key is out of a query's window."""
     return torch.full((queries, keys), float("-inf"), dtype=dtype).tril_(keys - queries - window)
+
+
+def row_attention(
+    q_BHLD: Tensor,
+    k_BHKD: Tensor,
+    v_BHKD: Tensor,
+    seen: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of the rows of a padded batch, a few at a time, of which nothing is kept for backward.
+
+    Torch's own on a CPU keeps the weights, the mask and the product of both where there is dropout; here the mask is
+    drawn again from where the generator stood. It need not be the one that torch's own draws from the same seed.
+
+    Args:
+        q_BHLD: queries.
+        k_BHKD: keys.
+        v_BHKD: values.
+        seen: a boolean mask that broadcasts to (B, H, L, K), true where a query sees a key; a query that sees none
+            gets zeros. Without it each sees all.
+        scaling: what the scores are multiplied with.
+        dropout: the share of the attention weights to drop.
+
+    Returns:
+        (B, H, L, D).
+    """
+    out: Tensor = _Rows.apply(q_BHLD, k_BHKD, v_BHKD, seen, scaling, dropout)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rows(torch.autograd.Function):
+    """As ``_Blocks`` for rows of one length. N is the heads of a few rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHLD: Tensor,
+        k_BHKD: Tensor,
+        v_BHKD: Tensor,
+        seen: Tensor | None,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q_BHLD, k_BHKD, v_BHKD, seen)
+        ctx.scaling, ctx.p, ctx.states = scaling, p, []
+        out_BHLD = q_BHLD.new_empty(_by_token(q_BHLD)).transpose(1, 2)
+        with torch.autocast(q_BHLD.device.type, enabled=False):
+            for rows in _some_rows(q_BHLD, k_BHKD):
+                _, _, w_NLK = _row_weights(q_BHLD[rows], k_BHKD[rows], _of_rows(seen, rows), scaling)
+                if p:
+                    ctx.states.append(dropouts.state_of(w_NLK.device))
+                    w_NLK.mul_(dropouts.mask(w_NLK.shape, p, dtype=w_NLK.dtype, device=w_NLK.device))
+                v_NKD = _heads(v_BHKD[rows], w_NLK.dtype)
+                out_NLD = torch.bmm(w_NLK, v_NKD)
+                out_BHLD[rows].copy_(out_NLD.mul_(dropouts.weight(p)).view(out_BHLD[rows].shape))
+        return out_BHLD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHLD, k_BHKD, v_BHKD, seen = ctx.saved_tensors
+        d_q, d_k, d_v = (x.new_empty(_by_token(x)).transpose(1, 2) for x in (q_BHLD, k_BHKD, v_BHKD))
+        for number, rows in enumerate(_some_rows(q_BHLD, k_BHKD)):
+            q_NLD, k_NKD, w_NLK = _row_weights(q_BHLD[rows], k_BHKD[rows], _of_rows(seen, rows), ctx.scaling)
+            g_NLD = _heads(grad_BHLD[rows], w_NLK.dtype)
+            d_w = torch.bmm(g_NLD, _heads(v_BHKD[rows], w_NLK.dtype).transpose(1, 2))
+            kept = w_NLK
+            if ctx.p:
+                g_NLD = g_NLD * dropouts.weight(ctx.p)
+                mask = dropouts.mask(
+                    w_NLK.shape, ctx.p, dtype=w_NLK.dtype, device=w_NLK.device, state=ctx.states[number]
+                )
+                d_w.mul_(mask).mul_(dropouts.weight(ctx.p))
+                kept = mask.mul_(w_NLK)
+            d_v[rows].copy_(torch.bmm(kept.transpose(1, 2), g_NLD).view(d_v[rows].shape))
+            d_scores = torch._softmax_backward_data(d_w, w_NLK, -1, w_NLK.dtype)
+            d_q[rows].copy_(torch.bmm(d_scores, k_NKD).mul_(ctx.scaling).view(d_q[rows].shape))
+            d_k[rows].copy_(torch.bmm(d_scores.transpose(1, 2), q_NLD).view(d_k[rows].shape))
+        return d_q, d_k, d_v, None, None, None
+
+
+def _by_token(x_BHLD: Tensor) -> tuple[int, int, int, int]:
+    """(B, L, H, D): the order of memory that the layers around attention have."""
+    B, H, L, D = x_BHLD.shape
+    return B, L, H, D
+
+
+def _some_rows(q_BHLD: Tensor, k_BHKD: Tensor) -> Iterator[slice]:
+    """Rows whose scores may exist at a time; at least one."""
+    B, H, L, _ = q_BHLD.shape
+    count = max(1, SCORES // (H * L * k_BHKD.shape[2]))
+    for first in range(0, B, count):
+        yield slice(first, first + count)
+
+
+def _of_rows(seen: Tensor | None, rows: slice) -> Tensor | None:
+    return seen if seen is None or seen.shape[0] == 1 else seen[rows]
+
+
+def _heads(x_BHLD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The heads of some rows as the batch of a product."""
+    return x_BHLD.to(dtype).reshape(-1, *x_BHLD.shape[2:])
+
+
+def _row_weights(q_BHLD: Tensor, k_BHKD: Tensor, seen: Tensor | None, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The scaled queries (N, L, D), the keys (N, K, D), and what each query makes of each key, (N, L, K)."""
+    wide = _wide(q_BHLD)
+    q_NLD, k_NKD = _heads(q_BHLD, wide) * scaling, _heads(k_BHKD, wide)
+    scores = torch.bmm(q_NLD, k_NKD.transpose(1, 2))
+    if seen is None:
+        return q_NLD, k_NKD, scores.softmax(-1)
+    each = scores.view(*q_BHLD.shape[:3], -1)
+    each.masked_fill_(~seen, float("-inf"))
+    weights = scores.softmax(-1)
+    blind = ~seen.any(-1, keepdim=True)
+    if blind.any():
+        weights.view(each.shape).masked_fill_(blind, 0.0)
+    return q_NLD, k_NKD, weights
 
 
 def attention(
