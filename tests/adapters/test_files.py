@@ -37,6 +37,7 @@ from veneer import (
     VeneerError,
     get_peft_model,
 )
+from veneer.adapters.files import write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.layers.1.lora_A.weight"
@@ -602,3 +603,17 @@ def test_a_resized_vocabulary_is_saved_and_comes_back(tmp_path: Path) -> None:
     assert torch.equal(models.output(loaded, inputs), models.output(adapted, inputs))
     adapted.save_pretrained(tmp_path / "without", save_embedding_layers=False)
     assert not [key for key in load_file(tmp_path / "without" / WEIGHTS) if "lora" not in key]
+
+
+def test_equal_content_has_equal_bytes(tmp_path: Path) -> None:
+    metadata = {name: name * 3 for name in ("format", "veneer", "mark", 'naïve "quoted"')}
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(2, 3, dtype=torch.bfloat16)}
+    contents = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        write_tensors(tensors, path, dict(metadata))
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())

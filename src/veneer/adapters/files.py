@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -330,7 +331,7 @@ def _other_model(config: PeftConfig) -> str:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file: equal bytes for equal content.
 
     Raises:
         OSError: with the reason, which the writer itself hides in an error of its own.
@@ -340,6 +341,20 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     except safetensors.SafetensorError as error:
         # What it says is "... I/O error: No space left on device (os error 28)".
         raise OSError(str(error)) from error
+    _order_metadata(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place; its writer gives them in an order that is drawn anew."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The same text in another order, before the spaces that fill the header up.
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
