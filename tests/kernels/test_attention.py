@@ -152,7 +152,8 @@ def test_rows_of_a_padded_batch(p: float, masked: bool, scores: int, monkeypatch
 
 @pytest.mark.parametrize("shape", [(1, 1, 7, 5), (5, 1, 1, 5), (5, 3, 7, 5)], ids=str)
 def test_rows_without_dropout_are_torchs_attention(shape: tuple[int, ...]) -> None:
-    q, k, v = rows(K=5)
+    q, k, _ = rows(K=5)
+    v = torch.randn(5, 3, 5, 2, dtype=torch.float64, requires_grad=True)
     seen = torch.rand(shape) < 0.7
     seen[..., 0] = True
     found = row_attention(q, k, v, seen, scaling=0.3)

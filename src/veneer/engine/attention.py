@@ -106,14 +106,16 @@ def use_rows(model: Any) -> Callable[[], None] | None:
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(model, "main_input_name", "") != "input_ids":
         return None
-    weight = model.get_input_embeddings().weight
-    if weight.device.type != "cpu" or not any(getattr(config, name, 0.0) for name in _DROPOUTS):
+    embeddings = model.get_input_embeddings()
+    if embeddings is None or not any(getattr(config, name, 0.0) for name in _DROPOUTS):
+        return None
+    if embeddings.weight.device.type != "cpu":
         return None
 
     def undo() -> None:
         model.set_attn_implementation("sdpa")
 
-    ids = torch.arange(6).view(2, 3) % weight.shape[0]
+    ids = torch.arange(6).view(2, 3) % embeddings.weight.shape[0]
     inputs = {**token_inputs(model, ids), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     if inputs["input_ids"].dim() == 3:
         inputs["attention_mask"] = inputs["attention_mask"][None]

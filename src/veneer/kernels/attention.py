@@ -209,7 +209,7 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q_BHLD, k_BHKD, v_BHKD, seen)
         ctx.scaling, ctx.p, ctx.states = scaling, p, []
-        out_BHLD = q_BHLD.new_empty(_by_token(q_BHLD)).transpose(1, 2)
+        out_BHLD = q_BHLD.new_empty(*_by_token(q_BHLD)[:3], v_BHKD.shape[3]).transpose(1, 2)
         with torch.autocast(q_BHLD.device.type, enabled=False):
             for rows in _some_rows(q_BHLD, k_BHKD):
                 _, _, w_NLK = _row_weights(q_BHLD[rows], k_BHKD[rows], _of_rows(seen, rows), scaling)
