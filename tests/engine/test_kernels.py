@@ -260,7 +260,17 @@ DROPPED = {"DistilBert": "attention_dropout", "GPT2": "attn_pdrop"}
 def test_attention_with_dropout_keeps_no_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     share = DROPPED.get(kind, "attention_probs_dropout_prob")
     plain, fast = encoder(kind, **{share: 0.0}), encoder(kind, **{share: 0.3})
+
+    def weights_kept() -> int:
+        """How many tensors of scores, tokens by tokens, a training pass keeps for backward."""
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            fast.train()(**PADDED)
+        return sum(t.is_floating_point() and t.shape[-2:] == (5, 5) for t in kept)
+
+    assert weights_kept() > 0, "torch's own keeps them"
     put = use_kernels(fast)
+    assert weights_kept() == 0
     assert "attention with dropout" in str(put)
     fast.eval(), plain.eval()
     with torch.no_grad():

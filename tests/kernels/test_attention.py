@@ -141,7 +141,7 @@ def test_rows_of_a_padded_batch(p: float, masked: bool, scores: int, monkeypatch
     torch.manual_seed(3)
     step = max(1, scores // (3 * 7 * 7))
     drawn = [dropouts.mask((len(part) * 3, 7, 7), p, dtype=q.dtype, device=q.device) for part in q.split(step)]
-    expected = (weights * torch.cat(drawn).view(weights.shape) * dropouts.weight(p) if p else weights) @ v
+    expected = (weights * torch.cat(drawn).view(weights.shape) * dropouts.weight(p)) @ v
     torch.testing.assert_close(found, expected)
     given = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (q, k, v), given)
@@ -156,11 +156,11 @@ def test_rows_without_dropout_are_torchs_attention(shape: tuple[int, ...]) -> No
     v = torch.randn(5, 3, 5, 2, dtype=torch.float64, requires_grad=True)
     seen = torch.rand(shape) < 0.7
     seen[..., 0] = True
-    found = row_attention(q, k, v, seen, scaling=0.3)
+    found = row_attention(q, k, v, seen, scaling=0.3, dropout=0.0)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3)
     torch.testing.assert_close(found, expected)
     assert found.transpose(1, 2).is_contiguous()
-    assert torch.autograd.gradcheck(lambda *parts: row_attention(*parts, seen, scaling=0.3), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *parts: row_attention(*parts, seen, scaling=0.3, dropout=0.0), (q, k, v))
 
 
 def test_rows_in_bfloat16_are_rounded_where_they_come_in_and_go_out() -> None:

@@ -92,7 +92,7 @@ def _served(module: nn.Module, q: Tensor, k: Tensor, seen: Tensor | None, others
     if seen is not None:
         return seen.dtype == torch.bool
     causal = others.get("is_causal")
-    return q.shape[2] == 1 or not (getattr(module, "is_causal", True) if causal is None else causal)
+    return not (getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def use_rows(model: Any) -> Callable[[], None] | None:

@@ -122,10 +122,10 @@ class _Blocks(torch.autograd.Function):
         return d_q, d_k.to(k_GTD.dtype), d_v.to(v_GTD.dtype), None, None, None
 
 
-def _in_order_of_tokens(q_HTD: Tensor) -> Tensor:
-    """Room for (H, T, D) whose memory is in the order (T, H, D), as the layers around attention have it."""
-    H, T, D = q_HTD.shape
-    return q_HTD.new_empty(T, H, D).transpose(0, 1)
+def _in_order_of_tokens(x: Tensor, width: int | None = None) -> Tensor:
+    """Room for (..., H, T, D) whose memory is in the order (..., T, H, D), as the layers around attention have it."""
+    *rows, H, T, D = x.shape
+    return x.new_empty(*rows, T, H, D if width is None else width).transpose(-3, -2)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -171,7 +171,7 @@ def row_attention(
     seen: Tensor | None = None,
     *,
     scaling: float,
-    dropout: float = 0.0,
+    dropout: float,
 ) -> Tensor:
     """Attention of the rows of a padded batch, a few at a time, of which nothing is kept for backward.
 
@@ -209,13 +209,12 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q_BHLD, k_BHKD, v_BHKD, seen)
         ctx.scaling, ctx.p, ctx.states = scaling, p, []
-        out_BHLD = q_BHLD.new_empty(*_by_token(q_BHLD)[:3], v_BHKD.shape[3]).transpose(1, 2)
+        out_BHLD = _in_order_of_tokens(q_BHLD, v_BHKD.shape[3])
         with torch.autocast(q_BHLD.device.type, enabled=False):
             for rows in _some_rows(q_BHLD, k_BHKD):
                 _, _, w_NLK = _row_weights(q_BHLD[rows], k_BHKD[rows], _of_rows(seen, rows), scaling)
-                if p:
-                    ctx.states.append(dropouts.state_of(w_NLK.device))
-                    w_NLK.mul_(dropouts.mask(w_NLK.shape, p, dtype=w_NLK.dtype, device=w_NLK.device))
+                ctx.states.append(dropouts.state_of(w_NLK.device))
+                w_NLK.mul_(dropouts.mask(w_NLK.shape, p, dtype=w_NLK.dtype, device=w_NLK.device))
                 v_NKD = _heads(v_BHKD[rows], w_NLK.dtype)
                 out_NLD = torch.bmm(w_NLK, v_NKD)
                 out_BHLD[rows].copy_(out_NLD.mul_(dropouts.weight(p)).view(out_BHLD[rows].shape))
@@ -225,30 +224,18 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor | None, ...]:
         q_BHLD, k_BHKD, v_BHKD, seen = ctx.saved_tensors
-        d_q, d_k, d_v = (x.new_empty(_by_token(x)).transpose(1, 2) for x in (q_BHLD, k_BHKD, v_BHKD))
-        for number, rows in enumerate(_some_rows(q_BHLD, k_BHKD)):
+        d_q, d_k, d_v = (_in_order_of_tokens(x) for x in (q_BHLD, k_BHKD, v_BHKD))
+        for rows, state in zip(_some_rows(q_BHLD, k_BHKD), ctx.states, strict=True):
             q_NLD, k_NKD, w_NLK = _row_weights(q_BHLD[rows], k_BHKD[rows], _of_rows(seen, rows), ctx.scaling)
             g_NLD = _heads(grad_BHLD[rows], w_NLK.dtype)
-            d_w = torch.bmm(g_NLD, _heads(v_BHKD[rows], w_NLK.dtype).transpose(1, 2))
-            kept = w_NLK
-            if ctx.p:
-                g_NLD = g_NLD * dropouts.weight(ctx.p)
-                mask = dropouts.mask(
-                    w_NLK.shape, ctx.p, dtype=w_NLK.dtype, device=w_NLK.device, state=ctx.states[number]
-                )
-                d_w.mul_(mask).mul_(dropouts.weight(ctx.p))
-                kept = mask.mul_(w_NLK)
-            d_v[rows].copy_(torch.bmm(kept.transpose(1, 2), g_NLD).view(d_v[rows].shape))
+            mask = dropouts.mask(w_NLK.shape, ctx.p, dtype=w_NLK.dtype, device=w_NLK.device, state=state)
+            g_NLD = g_NLD * dropouts.weight(ctx.p)
+            d_w = torch.bmm(g_NLD, _heads(v_BHKD[rows], w_NLK.dtype).transpose(1, 2)).mul_(mask)
+            d_v[rows].copy_(torch.bmm(mask.mul_(w_NLK).transpose(1, 2), g_NLD).view(d_v[rows].shape))
             d_scores = torch._softmax_backward_data(d_w, w_NLK, -1, w_NLK.dtype)
             d_q[rows].copy_(torch.bmm(d_scores, k_NKD).mul_(ctx.scaling).view(d_q[rows].shape))
             d_k[rows].copy_(torch.bmm(d_scores.transpose(1, 2), q_NLD).view(d_k[rows].shape))
         return d_q, d_k, d_v, None, None, None
-
-
-def _by_token(x_BHLD: Tensor) -> tuple[int, int, int, int]:
-    """(B, L, H, D): the order of memory that the layers around attention have."""
-    B, H, L, D = x_BHLD.shape
-    return B, L, H, D
 
 
 def _some_rows(q_BHLD: Tensor, k_BHKD: Tensor) -> Iterator[slice]:
