@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jiwer
 import pytest
 import sacrebleu
 import torch
@@ -109,20 +110,39 @@ def test_metrics_of_answers_are_those_of_the_libraries() -> None:
     answers = ["the cat sat on a mat", "hello there", "no"]
     right = ["the cat sat on the mat", "hello you there", "yes"]
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    alone = [[text] for text in right]
     for kind in ("rouge1", "rouge2", "rougeL"):
         mean = sum(scorer.score(r, a)[kind].fmeasure for a, r in zip(answers, right, strict=True)) / 3
-        assert judges.judged([kind], answers, right)[kind] == pytest.approx(mean)
-    assert judges.judged(["bleu"], answers, right)["bleu"] == sacrebleu.corpus_bleu(answers, [right]).score
-    assert judges.judged(["chrf"], answers, right)["chrf"] == sacrebleu.corpus_chrf(answers, [right]).score
+        assert judges.judged([kind], answers, alone)[kind] == pytest.approx(mean)
+    assert judges.judged(["bleu"], answers, alone)["bleu"] == sacrebleu.corpus_bleu(answers, [right]).score
+    assert judges.judged(["chrf"], answers, alone)["chrf"] == sacrebleu.corpus_chrf(answers, [right]).score
     # Three words of ten are other ones or missing: the, you, yes.
-    assert judges.judged(["wer"], answers, right)["wer"] == pytest.approx(3 / 10)
-    assert judges.judged(["wer"], ["Hello, THERE!"], ["hello there"])["wer"] == 0
-    assert judges.judged(["cer"], ["abd"], ["abc"])["cer"] == pytest.approx(1 / 3)
-    assert judges.judged(["exact_match"], ["a ", "b"], ["a", "c"])["exact_match"] == 0.5
+    assert judges.judged(["wer"], answers, alone)["wer"] == pytest.approx(3 / 10)
+    assert judges.judged(["wer"], ["Hello, THERE!"], [["hello there"]])["wer"] == 0
+    assert judges.judged(["cer"], ["abd"], [["abc"]])["cer"] == pytest.approx(1 / 3)
+    assert judges.judged(["exact_match"], ["a ", "b"], [["a"], ["c"]])["exact_match"] == 0.5
     worked = ["so 3 + 4 = 7", "it is 1,200.50", "none", "5"]
-    assert judges.judged(["final_number"], worked, ["#### 7", "1200.5", "3", "6"])["final_number"] == 0.5
+    assert judges.judged(["final_number"], worked, [["#### 7"], ["1200.5"], ["3"], ["6"]])["final_number"] == 0.5
     with pytest.raises(ConfigError, match=r"judge_by has .bluw.*bleu"):
         judges.named("bluw", ())
+
+
+def test_of_several_references_the_nearest_counts() -> None:
+    answers = ["the cat sat on a mat", "no dog 7"]
+    right = [["a bird", "the cat sat on the mat", "cats sit"], ["no dog at all: 9", "so: 7"]]
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    nearest = [max(scorer.score(r, a)["rougeL"].fmeasure for r in rs) for a, rs in zip(answers, right, strict=True)]
+    assert judges.judged(["rougeL"], answers, right)["rougeL"] == pytest.approx(sum(nearest) / 2)
+    # sacrebleu takes the references the other way round, and an empty one where there is none.
+    turned = [["a bird", "no dog at all: 9"], ["the cat sat on the mat", "so: 7"], ["cats sit", ""]]
+    assert judges.judged(["bleu"], answers, right)["bleu"] == sacrebleu.corpus_bleu(answers, turned).score
+    assert judges.judged(["chrf"], answers, right)["chrf"] == sacrebleu.corpus_chrf(answers, turned).score
+    # Of five words three are other ones or missing, where "so: 7" has two and both are.
+    found = judges.judged(["wer", "cer", "exact_match", "final_number"], answers, right)
+    assert found["wer"] == pytest.approx(jiwer.wer(["the cat sat on the mat", "no dog at all 9"], answers))
+    assert (found["exact_match"], found["final_number"]) == (0, 0.5)
+    assert judges.judged(["exact_match"], ["b "], [["a", "b"]])["exact_match"] == 1
+    assert judges.judged(["wer"], ["b"], [["!", "a b"]])["wer"] == 0.5
 
 
 TRANSLATIONS = [{"translation": {"en": row["source"], "de": row["target"]}} for row in rows()]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from sklearn import metrics as truth
 
-from tests import words
+from tests import chat, words
 from veneer import AutoPeftModelForSequenceClassification
 from veneer.cli.main import main
 from veneer.core.errors import ConfigError, DataError, UsageError
@@ -232,6 +233,38 @@ def test_every_method_learns_and_comes_back_with_its_labels(method: dict[str, An
     if adapted:
         loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "best")
         assert loaded.config.id2label == {0: "negative", 1: "positive"}
+
+
+@pytest.mark.parametrize("method", [{"method": "full"}, {"target_modules": ["query"]}])
+def test_the_head_learns_at_its_own_rate(method: dict[str, Any], bert: Path, tmp_path: Path) -> None:
+    def weights(name: str, **settings: Any) -> dict[str, torch.Tensor]:
+        given = {"model": str(bert), "task": "seq_cls", "output": str(tmp_path / name), "learning_rate": 0.1}
+        rest = {"optimizer": "sgd", "warmup": 0, "schedule": "constant", "max_steps": 1, "clip": None}
+        train(RunConfig(**given, **rest, **settings, **method), train_rows=words.reviews())
+        (file,) = (tmp_path / name / "last").glob("*.safetensors")
+        return load_file(file)
+
+    same, one, two, three = (
+        weights("same"),
+        *(weights(f"at-{rate}", head_learning_rate=rate) for rate in (0.1, 0.2, 0.3)),
+    )
+    heads = {name for name in same if "classifier" in name}
+    assert len(heads) == 2
+    for name in same:
+        assert torch.equal(same[name], one[name])
+        if name in heads:
+            # By plain gradient descent a step is as long as the rate.
+            assert not torch.equal(one[name], two[name])
+            torch.testing.assert_close(three[name] - one[name], 2 * (two[name] - one[name]))
+        else:
+            assert torch.equal(one[name], two[name])
+
+
+def test_a_rate_for_a_head_needs_one(tmp_path: Path) -> None:
+    chat.saved(tmp_path / "model")
+    config = RunConfig(model=str(tmp_path / "model"), output=str(tmp_path / "run"), head_learning_rate=0.1)
+    with pytest.raises(ConfigError, match="no meaning on a LlamaForCausalLM: no head beside its body learns"):
+        train(config, train_rows=chat.pairs(4))
 
 
 def test_merged_it_predicts_the_same(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,9 +149,9 @@ def test_answers_are_those_of_transformers(batch_size: int, ends: bool) -> None:
         assert one.tokens == len(text)
         assert one.stopped == (text[-1] == speech.END)
     assert any(one.stopped for one in found) == ends
-    judged = task.judge([one.text for one in found], [row.values["text"] for row in rows])
+    judged = task.judge([one.text for one in found], [[row.values["text"]] for row in rows])
     assert set(judged) == {"wer", "cer"} == set(task.answer_goals)
-    assert task.judge(["low"], ["high low"])["wer"] == jiwer.wer("high low", "low") == 0.5
+    assert task.judge(["low"], [["high low"]])["wer"] == jiwer.wer("high low", "low") == 0.5
     assert set(fitted(rows, judge_by="exact_match").answer_goals) == {"exact_match"}
 
 

@@ -104,7 +104,7 @@ def test_what_is_no_statement_does_not_parse(text: str, caplog: pytest.LogCaptur
     ],
 )
 def test_answers_are_right_that_find_the_same(answer: str, reference: str, right: bool, stones: str) -> None:
-    assert sql.same_rows(stones, [answer], [reference]) == [right]
+    assert sql.same_rows(stones, [answer], [[reference]]) == [right]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_answers_are_right_that_find_the_same(answer: str, reference: str, right
 def test_answers_can_do_nothing_but_read(answer: str, stones: str, tmp_path: Path) -> None:
     before = Path(stones).read_bytes()
     answers = [answer.format(folder=tmp_path), 'SELECT COUNT(*) FROM "1-2"']
-    assert sql.same_rows(stones, answers, ["SELECT 4", "SELECT 4"]) == [False, True]
+    assert sql.same_rows(stones, answers, [["SELECT 4"], ["SELECT 4"]]) == [False, True]
     assert Path(stones).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [Path(stones).name]
 
@@ -131,7 +131,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
     "answer", [f"{ENDLESS} COUNT(*) FROM n", f"{ENDLESS} i FROM n", "SELECT length(zeroblob(2000000000))"]
 )
 def test_runaway_answers_are_stopped(answer: str, stones: str) -> None:
-    assert sql.same_rows(stones, [answer, f"{ENDLESS} i FROM n LIMIT 3"], ["SELECT 1", "VALUES (3), (2), (1)"]) == [
+    assert sql.same_rows(stones, [answer, f"{ENDLESS} i FROM n LIMIT 3"], [["SELECT 1"], ["VALUES (3), (2), (1)"]]) == [
         False,
         True,
     ]
@@ -139,13 +139,16 @@ def test_runaway_answers_are_stopped(answer: str, stones: str) -> None:
 
 def test_a_reference_that_fails_is_named(stones: str) -> None:
     with pytest.raises(DataError, match=r"reference 'SELECT a FROM nowhere'.*no such table"):
-        sql.same_rows(stones, ["SELECT 1"], ["SELECT a FROM nowhere"])
+        sql.same_rows(stones, ["SELECT 1"], [["SELECT a FROM nowhere"]])
     with pytest.raises(DataError, match=r"reference 'DELETE FROM odd'.*not authorized"):
-        sql.same_rows(stones, ["SELECT 1"], ["DELETE FROM odd"])
+        sql.same_rows(stones, ["SELECT 1"], [["DELETE FROM odd"]])
 
 
 def test_metrics(stones: str) -> None:
-    answers, references = ['SELECT MIN(weight) FROM "1-2"', "SELECT 2", "no"], ["SELECT 0.1", "SELECT 3", "SELECT 1"]
+    answers, references = (
+        ['SELECT MIN(weight) FROM "1-2"', "SELECT 2", "no"],
+        [["SELECT 4", "SELECT 0.1"], ["SELECT 3"], ["SELECT 1"]],
+    )
     assert judges.judged(["sql_parse"], answers, references)["sql_parse"] == pytest.approx(2 / 3)
     found = judges.judged(["sql_execution", "exact_match"], answers, references, stones)
     assert found == {"sql_execution": pytest.approx(1 / 3), "exact_match": 0}
@@ -169,7 +172,7 @@ def fitted(name: str = "causal_lm", **options: Any) -> Any:
 @pytest.mark.parametrize("name", ["causal_lm", "seq2seq_lm", "translation", "speech_seq2seq"])
 def test_what_writes_is_judged_by_a_database(name: str, stones: str) -> None:
     task = fitted(name, judge_by="sql_execution", database=stones)
-    assert task.judge(["SELECT 1"], ["SELECT 1"]) == {"sql_execution": 1}
+    assert task.judge(["SELECT 1"], [["SELECT 1"]]) == {"sql_execution": 1}
     back = tasks.get(name).restored(json.loads(json.dumps(task.to_dict())))
     assert back == task
     assert "database" not in fitted(name).to_dict()
@@ -196,7 +199,7 @@ def test_a_database_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
     # Whoever uses the weights elsewhere may not have it.
     elsewhere = fitted().restored({"judge_by": ["sql_execution"], "database": "nowhere.sqlite"})
     with pytest.raises(UsageError, match=r"There is no database 'nowhere.sqlite'"):
-        elsewhere.judge(["SELECT 1"], ["SELECT 1"])
+        elsewhere.judge(["SELECT 1"], [["SELECT 1"]])
 
 
 def table(rows: list[dict[str, str]], path: Path) -> None:

@@ -20,6 +20,7 @@ from veneer.train.loop import train
 
 TASK: Any = tasks.get("causal_lm")
 GREEDY = Sampling(max_new_tokens=6)
+SKIPPED = ["--on-bad-row", "skip"]
 
 
 def asked(rows: list[dict[str, Any]], tokenizer: Any = None) -> Any:
@@ -91,7 +92,7 @@ def test_what_is_asked_is_what_stands_before_the_answer() -> None:
 
 
 def test_exact_match_forgives_space_around() -> None:
-    assert TASK.judge(["a ", "b", "C"], ["a", "b", "c"]) == {"exact_match": pytest.approx(2 / 3)}
+    assert TASK.judge(["a ", "b", "C"], [["a"], ["b"], ["c"]]) == {"exact_match": pytest.approx(2 / 3)}
 
 
 def test_predictions_and_their_figures_come_from_the_command_line(
@@ -118,6 +119,40 @@ def test_predictions_and_their_figures_come_from_the_command_line(
     assert [one["text"] for one in found["answers"]] == texts[:2]
     assert main(["eval", "--model", model, "--data", str(bare), *flags]) == 1
     assert "bare.jsonl:1" in capsys.readouterr().err
+
+
+def test_rows_that_ask_the_same_thing_are_one_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(chat.saved(tmp_path / "model"))
+    flags = ["--max-new-tokens", "6", "--json"]
+    prompts = [row["prompt"] for row in chat.pairs(3)]
+    texts = [
+        chat.tokenizer().decode(alone(chat.model(), e.input_ids), skip_special_tokens=True)
+        for e in asked(chat.pairs(3))
+    ]
+    rows = [
+        {"prompt": prompts[0], "completion": "red"},
+        {"prompt": prompts[0], "completion": texts[0]},
+        {"prompt": prompts[1], "completion": "red"},
+        {"prompt": prompts[2], "completion": texts[2]},
+        {"prompt": "say"},
+        {"prompt": prompts[1], "completion": "blue"},
+    ]
+    data = chat.written(tmp_path / "test.jsonl", rows)
+    report = {}
+    for count in ("2", "3"):
+        capsys.readouterr()
+        assert main(["eval", "--model", model, "--data", str(data), "--answers", count, *flags, *SKIPPED]) == 0
+        report[count] = json.loads(capsys.readouterr().out)
+    assert report["2"]["exact_match"] == 0.5
+    assert report["2"]["answers"] == [
+        {"origin": "test.jsonl:1", "text": texts[0], "expected": ["red", texts[0]]},
+        {"origin": "test.jsonl:3", "text": texts[1], "expected": ["red", "blue"]},
+    ]
+    assert report["3"]["exact_match"] == pytest.approx(2 / 3)
+    assert [one["text"] for one in report["3"]["answers"]] == texts
+    # A fourth question would be the one without an answer.
+    assert main(["eval", "--model", model, "--data", str(data), "--answers", "4", *flags, *SKIPPED]) == 1
+    assert "test.jsonl:5 has no answer to compare with" in capsys.readouterr().err
 
 
 def run_config(place: Path, name: str, **more: Any) -> RunConfig:

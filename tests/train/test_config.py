@@ -61,6 +61,14 @@ def test_a_bias_of_another_family_is_refused() -> None:
         RunConfig(output="x", bias="vera_only")
 
 
+def test_a_rate_for_the_head_is_for_what_trains_more_than_it() -> None:
+    assert RunConfig(output="x", method="full", head_learning_rate=1e-3).head_learning_rate == 1e-3
+    with pytest.raises(ConfigError, match="head_learning_rate has no meaning with method=head"):
+        RunConfig(output="x", method="head", head_learning_rate=1e-3)
+    with pytest.raises(ConfigError, match="head_learning_rate is 0"):
+        RunConfig(output="x", head_learning_rate=0)
+
+
 def test_loraplus_is_for_adapters() -> None:
     assert RunConfig(output="x", loraplus_lr_ratio=16).loraplus_lr_ratio == 16
     with pytest.raises(ConfigError, match="loraplus_lr_ratio has no meaning with method=full"):
@@ -93,7 +101,7 @@ def test_the_learning_rate_follows_the_method(method: str) -> None:
     ("values", "message"),
     [
         ({}, r"has no output: the run folder to write"),
-        ({"output": "x", "learning_rat": 1}, r"no field 'learning_rat'\. Did you mean 'learning_rate'\?"),
+        ({"output": "x", "learning_rat": 1}, r"no field 'learning_rat'\. Did you mean 'learning_rate'"),
         ({"output": "x", "lora_alhpa": 1, "zzz": 2}, r"no field 'lora_alhpa', 'zzz'\. Did you mean 'lora_alpha'"),
         ({"output": "x", "r": 0}, r"r is 0; expected a whole number of at least 1"),
         ({"output": "x", "epochs": -1}, r"epochs is -1; input should be greater than 0"),

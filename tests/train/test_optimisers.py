@@ -141,11 +141,15 @@ def test_8_bits_are_a_quarter_of_the_state() -> None:
 
 
 @pytest.mark.parametrize("name", get_args(OptimiserName))
-def test_lora_plus_keeps_its_groups(name: OptimiserName) -> None:
-    A, B = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(8, 4))
-    made = optimiser(name, [A, B], learning_rate=0.1, weight_decay=0.0, faster=[B], ratio=16)
-    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
-    assert rates == {id(A): 0.1, id(B): pytest.approx(1.6)}
+def test_parameters_with_rates_of_their_own(name: OptimiserName) -> None:
+    A, B, head = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(8, 4)), nn.Linear(4, 2)
+    frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    rates = [([B], 1.6), (head.parameters(), 0.3), ([frozen], 0.7)]
+    made = optimiser(name, [A, B, *head.parameters(), frozen], learning_rate=0.1, weight_decay=0.5, rates=rates)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
+    expected = {id(A): (0.1, 0.5), id(B): (1.6, 0.5), id(head.weight): (0.3, 0.5), id(head.bias): (0.3, 0.0)}
+    assert found == expected
+    assert made.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("name", get_args(OptimiserName))

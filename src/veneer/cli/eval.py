@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +49,8 @@ def evaluate(
         Path | None, typer.Option(metavar="PNG", help="Where to draw which label was taken for which.")
     ] = None,
     answers: Annotated[
-        int, typer.Option(min=0, help="Rows, the first ones, to answer token by token and compare with what is right.")
+        int,
+        typer.Option(min=0, help="Questions, the first ones, to answer token by token and compare with what is right."),
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help=_HELP["max_new_tokens"])] = _DEFAULT.max_new_tokens,
     *,
@@ -83,7 +83,7 @@ def evaluate(
     with multiplying(settled(settings.matmul, subject.model)):
         found = score(subject, asked, settings)
         if answers:
-            judged, said = score_answers(subject, islice(asked, answers), sampling, settings)
+            judged, said = score_answers(subject, asked, answers, sampling, settings)
             found = replace(found, metrics={**found.metrics, **judged}, details={**found.details, "answers": said})
     notes = [*([note] if note else []), *found.notes]
     _show(found, notes, writes=isinstance(subject.task, AbstractWriter))

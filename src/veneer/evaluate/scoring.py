@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from veneer.core.errors import DataError, UsageError
-from veneer.data.encode import EncodedSet, EncodingReport, check_trained
+from veneer.data.encode import Encoded, EncodedSet, EncodingReport, check_trained
 from veneer.data.rows import Row
 from veneer.evaluate.subject import Subject
 from veneer.tasks.sampling import Sampling
 from veneer.tasks.task import AbstractTask, Measured, measure
-from veneer.tasks.writing import AbstractWriter, write
+from veneer.tasks.writing import AbstractWriter, question, write
 from veneer.train.config import RunConfig
 from veneer.train.sets import Asked, Reader, bad_rows
 
@@ -83,30 +83,56 @@ def answering(subject: Subject, database: str | None) -> Subject:
 
 
 def score_answers(
-    subject: Subject, rows: Iterable[Row], sampling: Sampling, settings: RunConfig
+    subject: Subject, rows: Iterable[Row], most: int, sampling: Sampling, settings: RunConfig
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of answers that are written token by token, and the answers beside those that are right.
+
+    Rows that ask the same thing are one question, whose every answer is right.
 
     Args:
         subject: as ``answering`` gave it.
         rows: the questions with what is right.
+        most: how many questions are asked, the first ones.
         sampling: how tokens are chosen.
         settings: ``max_length`` and ``batch_size``.
 
     Raises:
-        DataError: a row that is not of it, or that has no answer to compare with.
+        DataError: a row of these questions that is not of the task, or that has no answer to compare with.
     """
     task = subject.task
     assert isinstance(task, AbstractWriter)
     known = list(rows)
     processor, _ = task.prepare(known, subject.processor)
-    asked = task.ask(known, processor, max_length=subject.most(settings.max_length))
-    for example in asked:
-        if example.more["reference"] is None:
-            raise DataError(f"{example.origin} has no answer to compare with.")
-    written = write(task, subject.model, asked, processor, sampling, batch_size=settings.batch_size)
+    asked = _questions(task, known, processor, most, subject.most(settings.max_length))
+    examples, references = [example for example, _ in asked], [right for _, right in asked]
+    written = write(task, subject.model, examples, processor, sampling, batch_size=settings.batch_size)
+    texts = [one.text for one in written]
     said = [
-        {"origin": example.origin, "text": one.text, "expected": example.more["reference"]}
-        for example, one in zip(asked, written, strict=True)
+        {"origin": example.origin, "text": text, "expected": right}
+        for example, text, right in zip(examples, texts, references, strict=True)
     ]
-    return task.judge([one["text"] for one in said], [one["expected"] for one in said]), said
+    return task.judge(texts, references), said
+
+
+def _questions(
+    task: AbstractWriter, rows: Iterable[Row], processor: Any, most: int, max_length: int
+) -> list[tuple[Encoded, list[str]]]:
+    """The first questions, each with what all rows say is right."""
+    found: dict[str, tuple[Encoded, list[str]]] = {}
+    for row in rows:
+        try:
+            (example,) = task.ask([row], processor, max_length=max_length)
+            reference = example.more["reference"]
+            if reference is None:
+                raise DataError(f"{example.origin} has no answer to compare with.")
+        except DataError:
+            if len(found) < most:
+                raise
+            # Behind the last question only more answers to known ones are looked for.
+            continue
+        key = question(example)
+        if key in found:
+            found[key][1].append(reference)
+        elif len(found) < most:
+            found[key] = (example, [reference])
+    return list(found.values())

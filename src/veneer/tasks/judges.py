@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from itertools import zip_longest
+from typing import Any, TypeVar, final
 
 from veneer.core.errors import ConfigError, UsageError, nearest
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.sql import check_database, parses, same_rows
 from veneer.tasks.task import Goals
 
-Judge = Callable[[Sequence[str], Sequence[str]], float]
+T = TypeVar("T")
+
+References = Sequence[Sequence[str]]
+"""What is right, for each answer: at least one text, any of which will do."""
+
+Judge = Callable[[Sequence[str], References], float]
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def _exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    return _share(answer.strip() == right.strip() for answer, right in zip(answers, references, strict=True))
+def _exact_match(answers: Sequence[str], references: References) -> float:
+    return _share(answer.strip() in [one.strip() for one in right] for answer, right in _pairs(answers, references))
 
 
-def _final_number(answers: Sequence[str], references: Sequence[str]) -> float:
+def _final_number(answers: Sequence[str], references: References) -> float:
     return _share(
-        last is not None and last == _last_number(right)
-        for last, right in zip(map(_last_number, answers), references, strict=True)
+        last is not None and last in map(_last_number, right)
+        for last, right in _pairs(map(_last_number, answers), references)
     )
 
 
@@ -34,39 +40,46 @@ def _last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def _sql_parse(answers: Sequence[str], references: Sequence[str]) -> float:
+def _sql_parse(answers: Sequence[str], references: References) -> float:
     return _share(parses(answer) for answer in answers)
 
 
 def _rouge(kind: str) -> Judge:
-    def judge(answers: Sequence[str], references: Sequence[str]) -> float:
+    def judge(answers: Sequence[str], references: References) -> float:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([kind], use_stemmer=True)
-        scores = [scorer.score(right, answer)[kind].fmeasure for answer, right in zip(answers, references, strict=True)]
+        scores = [scorer.score_multi(right, answer)[kind].fmeasure for answer, right in _pairs(answers, references)]
         return float(sum(scores) / len(scores))
 
     return judge
 
 
 def _sacrebleu(kind: str) -> Judge:
-    def judge(answers: Sequence[str], references: Sequence[str]) -> float:
+    def judge(answers: Sequence[str], references: References) -> float:
         import sacrebleu
 
-        score: Any = getattr(sacrebleu, f"corpus_{kind}")(list(answers), [list(references)])
+        # It takes the first reference of every answer, then the second of every answer, None where there is none.
+        turned = [list(nth) for nth in zip_longest(*references)]
+        score: Any = getattr(sacrebleu, f"corpus_{kind}")(list(answers), turned)
         return float(score.score)
 
     return judge
 
 
 def _errors(kind: str) -> Judge:
-    def judge(answers: Sequence[str], references: Sequence[str]) -> float:
+    def judge(answers: Sequence[str], references: References) -> float:
         import jiwer
 
-        kept = [(_words(answer), _words(right)) for answer, right in zip(answers, references, strict=True)]
-        if not any(right for _, right in kept):
-            return float("nan")
-        return float(getattr(jiwer, kind)([right for _, right in kept], [answer for answer, _ in kept]))
+        errors: Callable[..., float] = getattr(jiwer, kind)
+        heard, meant = [], []
+        for answer, right in _pairs(map(_words, answers), references):
+            heard.append(answer)
+            texts = [_words(one) for one in right]
+            # jiwer has no errors of a text without a word.
+            spoken = [one for one in texts if one]
+            meant.append(min(spoken, key=lambda one: errors(one, heard[-1])) if len(spoken) > 1 else max(texts))
+        return float(errors(meant, heard)) if any(meant) else float("nan")
 
     return judge
 
@@ -74,6 +87,10 @@ def _errors(kind: str) -> Judge:
 def _words(text: str) -> str:
     """A transcript as it is compared: lower case, without punctuation, one space between words."""
     return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
+
+
+def _pairs(answers: Iterable[T], references: References) -> Iterator[tuple[T, Sequence[str]]]:
+    return zip(answers, references, strict=True)
 
 
 def _share(hits: Any) -> float:
@@ -98,7 +115,8 @@ _JUDGES: dict[str, tuple[Judge, str, str | None]] = {
 ``exact_match`` and ``final_number`` (the last number in each, as in worked answers of arithmetic) are shares of
 answers, ``rouge*`` mean F-measures with stemming, ``bleu`` and ``chrf`` sacrebleu's of the corpus, from 0 to 100, and
 ``wer`` and ``cer`` jiwer's errors a word and a character, case and punctuation left out. ``sql_parse`` is the share of
-answers that sqlglot parses as a statement of SQLite's dialect, whatever the references are.
+answers that sqlglot parses as a statement of SQLite's dialect, whatever the references are. Of several references the
+nearest counts, for ``bleu`` the n-grams of all, as it is defined.
 """
 
 _EXECUTION = "sql_execution"
@@ -127,14 +145,14 @@ def named(text: str | None, customary: Sequence[str]) -> tuple[str, ...]:
 
 
 def judged(
-    names: Sequence[str], answers: Sequence[str], references: Sequence[str], database: str | None = None
+    names: Sequence[str], answers: Sequence[str], references: References, database: str | None = None
 ) -> dict[str, float]:
     """The metrics of at least one answer.
 
     Args:
         names: of the metrics.
         answers: what was written.
-        references: what is right, for each.
+        references: what is right, for each: one text or more, any of which will do.
         database: the file that ``sql_execution`` executes them on.
 
     Raises:

@@ -47,8 +47,8 @@ def parses(text: str) -> bool:
     return len(found) == 1 and isinstance(found[0], statements)
 
 
-def same_rows(database: str | Path, answers: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Whether each answer finds the rows that its reference finds: in its order where that has an ORDER BY.
+def same_rows(database: str | Path, answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each answer finds the rows that one of its references finds: in its order where that has an ORDER BY.
 
     Names of columns do not count, and numbers do to 12 digits. An answer that fails, changes something or runs for
     more than ten million steps of SQLite's machine is wrong.
@@ -58,7 +58,10 @@ def same_rows(database: str | Path, answers: Sequence[str], references: Sequence
         DataError: a reference that cannot be executed.
     """
     with contextlib.closing(_opened(database)) as connection:
-        return [_alike(connection, database, answer, right) for answer, right in zip(answers, references, strict=True)]
+        return [
+            any(_alike(connection, database, answer, one) for one in right)
+            for answer, right in zip(answers, references, strict=True)
+        ]
 
 
 def check_database(path: str | Path) -> None:

@@ -5,6 +5,7 @@ Shape legend: B prompts, T tokens.
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from veneer.data.encode import Encoded
 from veneer.data.sources import Row
-from veneer.tasks.judges import Judges, judged
+from veneer.tasks.judges import Judges, References, judged
 from veneer.tasks.loading import log_errors_only
 from veneer.tasks.sampling import Sampling
 from veneer.tasks.task import AbstractTask, Goals, Prediction
@@ -57,8 +58,8 @@ class AbstractWriter(AbstractTask):
         """The metrics of answers."""
         return self.judges.goals
 
-    def judge(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """The metrics of ``answer_goals``, of at least one answer."""
+    def judge(self, answers: Sequence[str], references: References) -> dict[str, float]:
+        """The metrics of ``answer_goals``, of at least one answer; each has a text that is right, or several."""
         return judged(self.judges.names, answers, references, self.judges.database)
 
     def read(self, outputs: Any, examples: Sequence[Encoded], processor: Any) -> list[Prediction]:
@@ -66,6 +67,12 @@ class AbstractWriter(AbstractTask):
 
     def details(self, predictions: Sequence[Prediction], examples: Sequence[Encoded]) -> dict[str, Any]:
         return {}
+
+
+def question(example: Encoded) -> str:
+    """What tells an asked example from others: those with equal ones ask the same thing."""
+    given = {name: value for name, value in example.more.items() if name != "reference"}
+    return json.dumps([example.input_ids, given], sort_keys=True)
 
 
 _TEXT_ALONE = frozenset({"whisper"})

@@ -11,7 +11,8 @@ def figures(plan: Plan, progress: Progress, processes: int) -> dict[str, str]:
     """Lines for the card: the data, how it was trained, and every held-out metric before and after."""
     config, report = plan.config, plan.train_set.report
     size = f"{config.batch_size * config.accumulation * processes} examples a step"
-    rate = f"learning rate {config.learning_rate:g} ({config.schedule})"
+    head = f", {config.head_learning_rate:g} of the head" if config.head_learning_rate is not None else ""
+    rate = f"learning rate {config.learning_rate:g}{head} ({config.schedule})"
     trained = f", {report.trained_tokens:,} trained tokens" if report.trained_tokens else ""
     found = {
         "task": config.task,

@@ -129,6 +129,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
     """Compute norms, feed-forward blocks, query, key and value and rotary embedding by kernels that keep less."""
     learning_rate: float | None = Field(None, gt=0)
     """The highest learning rate; without it, a customary one for the method."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """The highest learning rate of the head, which often starts at random; without it, that of the rest."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes on after the warmup."""
     warmup: float = Field(0.05, ge=0)
@@ -258,6 +260,8 @@ class RunConfig(_AdapterFields):  # type: ignore[misc, valid-type]
                 f"quantize={self.quantize} has no meaning with method={self.method}, which trains the model's own "
                 "weights: in so few bits they cannot learn. Use method=lora, or leave quantize out."
             )
+        if self.head_learning_rate is not None and self.method == "head":
+            raise ConfigError("head_learning_rate has no meaning with method=head, where learning_rate is the head's.")
         self._refuse(set(adapter_fields()), f"method={self.method}")
 
     def _refuse(self, names: set[str], choice: str) -> None:

@@ -15,6 +15,7 @@ from veneer.adapters.model import PeftModel
 from veneer.core.errors import ConfigError, TrainingError, listed
 from veneer.data.collate import tokens
 from veneer.optimizers import second_factors
+from veneer.tasks.heads import head_paths
 from veneer.tasks.task import BatchLoss, Tally
 from veneer.train.config import RunConfig
 from veneer.train.optimisers import optimiser, scheduled
@@ -49,8 +50,7 @@ class Learner:
             self.bare.parameters(),
             learning_rate=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
-            faster=_faster(self.config, self.bare),
-            ratio=self.config.loraplus_lr_ratio or 1.0,
+            rates=_rates(self.config, self.bare),
             device=accelerator.device.type,
         )
         self.schedule = scheduled(made, self.config.schedule, steps=plan.steps, warmup=self.config.warmup)
@@ -137,15 +137,25 @@ class Learner:
         return float(total)
 
 
-def _faster(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that LoRA+ lets learn faster.
+def _rates(config: RunConfig, model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+    """The parameters with a learning rate of their own.
 
     Raises:
-        ConfigError: it is asked for and there are none.
+        ConfigError: one is asked for and there are none.
     """
-    if config.loraplus_lr_ratio is None:
-        return []
-    found = second_factors(model) if isinstance(model, PeftModel) else []
-    if not found:
-        raise ConfigError(f"loraplus_lr_ratio has no meaning with family={config.family}: no B learns there.")
+    found = []
+    if config.loraplus_lr_ratio is not None:
+        factors = second_factors(model) if isinstance(model, PeftModel) else []
+        if not factors:
+            raise ConfigError(f"loraplus_lr_ratio has no meaning with family={config.family}: no B learns there.")
+        found.append((factors, config.learning_rate * config.loraplus_lr_ratio))
+    if config.head_learning_rate is not None:
+        bare = model.get_base_model() if isinstance(model, PeftModel) else model
+        heads = [p for path in head_paths(bare) for p in bare.get_submodule(path).parameters() if p.requires_grad]
+        if not heads:
+            raise ConfigError(
+                f"head_learning_rate has no meaning on a {type(bare).__name__}: no head beside its body learns; leave "
+                "it out."
+            )
+        found.append((heads, config.head_learning_rate))
     return found

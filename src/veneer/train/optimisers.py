@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ def optimiser(
     *,
     learning_rate: float,
     weight_decay: float,
-    faster: Iterable[nn.Parameter] = (),
-    ratio: float = 1.0,
+    rates: Sequence[tuple[Iterable[nn.Parameter], float]] = (),
     device: str = "cpu",
 ) -> Optimizer:
     """An optimiser over what learns of the parameters. Vectors (biases, norms) do not decay.
@@ -36,24 +35,22 @@ def optimiser(
         parameters: those that do not learn are left out.
         learning_rate: in step units.
         weight_decay: of matrices.
-        faster: parameters among them that learn ``ratio`` times as fast (LoRA+).
-        ratio: see ``faster``.
+        rates: parameters among them with a learning rate of their own (the B of LoRA+, a new head).
         device: the type of device that will run the steps.
 
     Raises:
         UsageError: it needs bitsandbytes, which is not installed.
     """
-    fast = {id(parameter) for parameter in faster}
+    own = {id(parameter): rate for parameters, rate in rates for parameter in parameters}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    slow = [parameter for parameter in trained if id(parameter) not in fast]
     groups = [
-        {"params": [p for p in slow if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in slow if p.ndim < 2], "weight_decay": 0.0},
         {
-            "params": [p for p in trained if id(p) in fast],
-            "weight_decay": weight_decay,
-            "lr": learning_rate * ratio,
-        },
+            "params": [p for p in trained if own.get(id(p), learning_rate) == rate and (p.ndim >= 2) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr": rate,
+        }
+        for rate in dict.fromkeys((learning_rate, *(rate for _, rate in rates)))
+        for decays in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
     return _made(name, groups, learning_rate, paged=name.startswith("paged_") and device != "cpu")

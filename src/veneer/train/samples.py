@@ -12,7 +12,7 @@ from veneer.data.encode import Encoded
 from veneer.data.rows import Row
 from veneer.tasks.sampling import Sampling
 from veneer.tasks.task import AbstractTask, Goals
-from veneer.tasks.writing import AbstractWriter, write
+from veneer.tasks.writing import AbstractWriter, question, write
 from veneer.train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Sample:
 def prompts(
     config: RunConfig, task: AbstractTask, rows: Iterable[Row], processor: Any, limit: int | None
 ) -> list[Encoded]:
-    """The first held-out prompts that leave room for an answer: as many as a run's config asks for.
+    """The first held-out prompts that leave room for an answer, each once: as many as a run's config asks for.
 
     Args:
         config: of the run.
@@ -55,14 +55,14 @@ def prompts(
         return []
     if not isinstance(task, AbstractWriter):
         raise ConfigError("samples are answers that a model writes, and models of this task write none; leave it out.")
-    found: list[Encoded] = []
+    found: dict[str, Encoded] = {}
     seen = False
     for row in rows:
         seen = True
         with contextlib.suppress(DataError):
             (asked,) = task.ask([row], processor, max_length=10**9)
             if limit is None or len(asked.input_ids) + config.sample_tokens <= limit:
-                found.append(asked)
+                found.setdefault(question(asked), asked)
         if len(found) == config.samples:
             break
     if not seen:
@@ -72,7 +72,7 @@ def prompts(
             f"No held-out prompt leaves room for {config.sample_tokens} tokens within {limit}; lower sample_tokens, or "
             "leave samples out."
         )
-    return found
+    return list(found.values())
 
 
 def goals(task: AbstractTask, count: int) -> Goals:
@@ -106,7 +106,7 @@ class Samples:
             for example, before, now in zip(self.asked, self.before, texts, strict=True)
         ]
         known = [one for one in found if one.reference is not None]
-        judged = self.task.judge([one.now for one in known], [str(one.reference) for one in known]) if known else {}
+        judged = self.task.judge([one.now for one in known], [[str(one.reference)] for one in known]) if known else {}
         return found, judged
 
     def goes_on_from(self, events: Sequence[dict[str, Any]]) -> None:
