@@ -189,6 +189,7 @@ def test_all_linear_with_layers_excludes_and_reload() -> None:
         ({"target_modules": ["q_porj"]}, r"target_modules has 'q_porj'.*'q_proj'"),
         ({"target_modules": ["q_proj", "v_porj"]}, r"'v_porj'.*'v_proj'"),
         ({"target_modules": ["proj"]}, r"'proj', which matches no module"),
+        ({"target_modules": ["q_proj", "all-linear"]}, r"it stands alone: target_modules='all-linear'\."),
         ({"target_modules": "q_proj"}, r"'q_proj', which matches no module"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["v_porj"]}, r"exclude_modules has 'v_porj'.*'v_proj'"),
         ({"target_modules": ["q_proj"], "exclude_modules": "x.*"}, r"exclude_modules has 'x\.\*'"),

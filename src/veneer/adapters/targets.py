@@ -126,6 +126,10 @@ class _Selector:
                 paths = tuple(path for path in self.index.slots if expression.fullmatch(path))
             else:
                 paths = self.index.by_suffix.get(pattern, ())
+                if not paths and role == "target_modules" and pattern.lower() == ALL_LINEAR:
+                    raise TargetError(
+                        f"{role} has {pattern!r} in a list of names; it stands alone: {role}={pattern!r}."
+                    )
             self.record(role, pattern, paths)
             found.update(dict.fromkeys(paths))
         return list(found)
