@@ -1,9 +1,10 @@
-"""What every test gets: no network, fixed seeds, and warnings that are errors."""
+"""What every test gets: no network, fixed seeds, a Ctrl-C that is heard, and warnings that are errors."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,8 @@ THIRD_PARTY = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell lets its background jobs ignore Ctrl-C, and so would the runs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "error")
     for line in THIRD_PARTY:
         config.addinivalue_line("filterwarnings", line)

@@ -138,7 +138,10 @@ def test_ctrl_c_saves_and_exits_130(place: Path) -> None:
         while time.monotonic() < deadline and not (log.exists() and '"step"' in log.read_text()):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert json.loads((place / "run/result.json").read_text())["interrupted"] is True
