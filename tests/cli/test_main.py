@@ -54,6 +54,7 @@ RUN_FIELDS = (
         "matmul",
         "max_tokens",
         "learning_rate",
+        "head_learning_rate",
         "schedule",
         "warmup",
         "loraplus_lr_ratio",
