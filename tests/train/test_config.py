@@ -101,7 +101,10 @@ def test_the_learning_rate_follows_the_method(method: str) -> None:
     ("values", "message"),
     [
         ({}, r"has no output: the run folder to write"),
-        ({"output": "x", "learning_rat": 1}, r"no field 'learning_rat'\. Did you mean 'learning_rate'"),
+        (
+            {"output": "x", "learning_rat": 1},
+            r"no field 'learning_rat'\. Did you mean 'learning_rate' or 'head_learning_rate'\?",
+        ),
         ({"output": "x", "lora_alhpa": 1, "zzz": 2}, r"no field 'lora_alhpa', 'zzz'\. Did you mean 'lora_alpha'"),
         ({"output": "x", "r": 0}, r"r is 0; expected a whole number of at least 1"),
         ({"output": "x", "epochs": -1}, r"epochs is -1; input should be greater than 0"),

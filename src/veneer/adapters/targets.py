@@ -126,10 +126,6 @@ class _Selector:
                 paths = tuple(path for path in self.index.slots if expression.fullmatch(path))
             else:
                 paths = self.index.by_suffix.get(pattern, ())
-                if not paths and role == "target_modules" and pattern.lower() == ALL_LINEAR:
-                    raise TargetError(
-                        f"{role} has {pattern!r} in a list of names; it stands alone: {role}={pattern!r}."
-                    )
             self.record(role, pattern, paths)
             found.update(dict.fromkeys(paths))
         return list(found)
@@ -190,6 +186,10 @@ class _Selector:
                 if slot.kind and type(view(slot)).linear_layer and path != self.index.output_path
             ]
             self.record("target_modules", ALL_LINEAR, paths)
+        elif ALL_LINEAR in names and not isinstance(names, str):
+            raise TargetError(
+                f"target_modules has {ALL_LINEAR!r} in a list of names; it stands alone: target_modules={ALL_LINEAR!r}."
+            )
         else:
             paths = self.match("target_modules", names)
         open_paths = self.in_layers([path for path in paths if path not in excluded and path not in inside_saved])

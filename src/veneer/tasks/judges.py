@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 from veneer.core.errors import ConfigError, UsageError, nearest
 from veneer.tasks.options import TaskOptions
 from veneer.tasks.sql import check_database, parses, same_rows
 from veneer.tasks.task import Goals
-
-T = TypeVar("T")
 
 References = Sequence[Sequence[str]]
 """What is right, for each answer: at least one text, any of which will do."""
@@ -25,13 +23,15 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def _exact_match(answers: Sequence[str], references: References) -> float:
-    return _share(answer.strip() in [one.strip() for one in right] for answer, right in _pairs(answers, references))
+    return _share(
+        answer.strip() in [one.strip() for one in right] for answer, right in zip(answers, references, strict=True)
+    )
 
 
 def _final_number(answers: Sequence[str], references: References) -> float:
     return _share(
         last is not None and last in map(_last_number, right)
-        for last, right in _pairs(map(_last_number, answers), references)
+        for last, right in zip(map(_last_number, answers), references, strict=True)
     )
 
 
@@ -49,7 +49,9 @@ def _rouge(kind: str) -> Judge:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([kind], use_stemmer=True)
-        scores = [scorer.score_multi(right, answer)[kind].fmeasure for answer, right in _pairs(answers, references)]
+        scores = [
+            scorer.score_multi(right, answer)[kind].fmeasure for answer, right in zip(answers, references, strict=True)
+        ]
         return float(sum(scores) / len(scores))
 
     return judge
@@ -73,7 +75,7 @@ def _errors(kind: str) -> Judge:
 
         errors: Callable[..., float] = getattr(jiwer, kind)
         heard, meant = [], []
-        for answer, right in _pairs(map(_words, answers), references):
+        for answer, right in zip(map(_words, answers), references, strict=True):
             heard.append(answer)
             texts = [_words(one) for one in right]
             # jiwer has no errors of a text without a word.
@@ -87,10 +89,6 @@ def _errors(kind: str) -> Judge:
 def _words(text: str) -> str:
     """A transcript as it is compared: lower case, without punctuation, one space between words."""
     return " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
-
-
-def _pairs(answers: Iterable[T], references: References) -> Iterator[tuple[T, Sequence[str]]]:
-    return zip(answers, references, strict=True)
 
 
 def _share(hits: Any) -> float:
